@@ -1,0 +1,44 @@
+"""Train smooth, then compress with one line, with no fine-tuning.
+
+>>> import torch, torchsmooth
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+>>> model = torchsmooth.smooth_(model, torchsmooth.NuclearNorm(strength=1e-3))
+>>> loss = model(torch.randn(8, 64)).square().mean() + torchsmooth.penalty_loss(model)  # in the training loop
+>>> report = torchsmooth.svd_compress_(model, ratio=0.7)  # after it
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import functional
+from .checkpoint import load_compressed_
+from .compress import restore_dense_, svd_compress_
+from .lowrank import LowRankConv2d, LowRankLinear
+from .penalties import FirstDerivative, NuclearNorm, SecondDerivative
+from .plan import CompressionPlan, plan_compression
+from .registry import is_penalized, penalty_loss, register_penalty, remove_penalties, smooth_
+from .report import CompressionReport
+
+try:
+    __version__ = version("torchsmooth")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CompressionPlan",
+    "CompressionReport",
+    "FirstDerivative",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "NuclearNorm",
+    "SecondDerivative",
+    "functional",
+    "is_penalized",
+    "load_compressed_",
+    "penalty_loss",
+    "plan_compression",
+    "register_penalty",
+    "remove_penalties",
+    "restore_dense_",
+    "smooth_",
+    "svd_compress_",
+]

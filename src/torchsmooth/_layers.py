@@ -1,0 +1,186 @@
+"""Which layers of a model can be compressed, and how each kind is matricised and rebuilt.
+
+Kinds are looked up by *exact* type. A subclass may use its weight in ways that a low-rank layer would not know of
+(``NonDynamicallyQuantizableLinear`` inside ``nn.MultiheadAttention``, a parametrized layer, a sharded one), so it stays
+dense, and :func:`find_layers` says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ._checks import FLOAT_DTYPES, check_initialised
+from ._matricise import SCHEMES, Matricisation, Scheme, distinct_schemes, matricise
+from .lowrank import LowRankConv2d, LowRankLayer, LowRankLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+# What a user may ask for. A weight without two kernel axes has no spatial scheme; it takes "channel" then.
+_OPTIONS: dict[str, tuple[Scheme, ...]] = {
+    "auto": SCHEMES,
+    "channel": ("channel",),
+    "input": ("input",),
+    "spatial": ("spatial", "spatial_transposed"),
+}
+SCHEME_OPTIONS = tuple(_OPTIONS)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one type of layer becomes low-rank and dense again.
+
+    Attributes:
+        groups: number of groups of a layer.
+        factorise: ``(layer, rank, scheme)`` to a low-rank layer holding the truncated SVD.
+        like: ``(layer, rank, scheme)`` to a low-rank layer whose factors are still to be filled in.
+    """
+
+    groups: Callable[[Any], int]
+    factorise: Callable[[Any, int, Scheme], LowRankLayer]
+    like: Callable[[Any, int, Scheme], LowRankLayer]
+
+    def matricisations(self, layer: nn.Module, option: str = "auto") -> dict[Scheme, Matricisation]:
+        """Return the different matricisations that an option allows for a layer's weight, by scheme."""
+        shape = tuple(weight_of(layer).shape)
+        first_names = distinct_schemes(shape[2:])
+        wanted = [scheme for scheme in _OPTIONS[option] if scheme in first_names] or ["channel"]
+        names = dict.fromkeys(first_names[scheme] for scheme in wanted)
+        return {scheme: matricise(shape, scheme, self.groups(layer)) for scheme in names}
+
+
+KINDS: dict[type[nn.Module], LayerKind] = {
+    nn.Linear: LayerKind(
+        groups=lambda _: 1,
+        factorise=lambda layer, rank, _: LowRankLinear.from_linear(layer, rank),
+        like=lambda layer, rank, _: LowRankLinear.like(layer, rank),
+    ),
+    nn.Conv2d: LayerKind(
+        groups=lambda layer: int(layer.groups),
+        factorise=LowRankConv2d.from_conv2d,
+        like=LowRankConv2d.like,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FoundLayer:
+    """A module that holds weights with at least two axes.
+
+    Attributes:
+        name: qualified name, the first one if the module has several.
+        module: the module.
+        reason: why it cannot be compressed; empty if it can.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str = ""
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight parameter of a layer of a known kind."""
+    weight = layer._parameters["weight"]
+    if weight is None:  # find_layers lets no such layer through
+        raise TypeError(f"{type(layer).__name__} has no weight.")
+    return weight
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """List the parameters with at least two axes that make up one layer, the largest first."""
+    own = [one for one in module._parameters.values() if one is not None]
+    if parametrize.is_parametrized(module):
+        own += module.parametrizations.parameters()  # type: ignore[union-attr]
+    if isinstance(module, LowRankLayer):
+        own += module.parameters()
+    return sorted((one for one in own if one.dim() > 1), key=lambda one: -one.numel())
+
+
+def find_layers(model: nn.Module) -> list[FoundLayer]:
+    """List every module that holds a weight, with the reason where it has to stay dense.
+
+    Raises:
+        ValueError: if a parameter is not initialised or is sharded, or the model itself is one single layer.
+    """
+    check_initialised(model)
+    if type(model) in KINDS or isinstance(model, LowRankLayer):
+        ways = {
+            nn.Linear: "LowRankLinear.from_linear(layer, rank)",
+            nn.Conv2d: "LowRankConv2d.from_conv2d(layer, rank)",
+        }
+        way = ways.get(type(model), "to_linear() or to_conv2d() of the layer")
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
+            f"use {way}, or wrap it in a torch.nn.Sequential."
+        )
+    owners = _owners(model)
+    return [FoundLayer(name, module, _reason(name, module, owners)) for name, module in _walk(model)]
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with weights, not descending into what is one layer to the user."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if parametrize.is_parametrized(module):
+            inside.update(module.parametrizations.modules())
+        if isinstance(module, LowRankLayer):
+            inside.update(module.modules())
+        if type(module) in KINDS or weights_of(module):
+            yield name, module
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Map the identity of every parameter's memory to the names it goes by, one for each module that owns it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), []).append(f"{name}.{own_name}" if name else own_name)
+    return owners
+
+
+def _memory(parameter: Tensor) -> int:
+    """Identify a tensor by where its data begin, so that two parameters over the same data are seen as tied."""
+    if type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.numel():
+        return parameter.data_ptr() or id(parameter)  # meta tensors have no address
+    return id(parameter)
+
+
+def _reason(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str:
+    """Say why a layer has to stay dense, or return an empty string."""
+    if isinstance(module, LowRankLayer):
+        return f"already low-rank ({module.rank})"
+    for own_name, parameter in module._parameters.items():
+        if parameter is not None and hasattr(parameter, "full_tensor"):
+            raise ValueError(
+                f"parameter {own_name!r} of layer {name!r} is sharded ({type(parameter).__name__}): compress the model "
+                "before fully_shard, or gather it first (torch.distributed.checkpoint.state_dict)."
+            )
+    if parametrize.is_parametrized(module):
+        return "parametrized (call remove_parametrizations first)"
+    if type(module) not in KINDS:
+        return f"{type(module).__name__} is not supported"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "weight is not a plain parameter (pruned or weight-normed; remove that first)"
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return f"weight is a {type(weight).__name__} of layout {weight.layout}"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"weight is of {weight.dtype}"
+    if weight.numel() == 0:
+        return "weight is empty"
+    others = [other for other in owners[_memory(weight)] if other != f"{name}.weight"]
+    return f"weight is shared with {others[0]}" if others else ""

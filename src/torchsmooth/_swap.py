@@ -1,0 +1,61 @@
+"""Replacing modules inside a model: all of them, everywhere they occur, or none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .lowrank import LowRankLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Handles that a user holds refer to these dictionaries, so a replacement shares them instead of copying.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def take_over_(new: nn.Module, old: nn.Module) -> None:
+    """Give a replacement the forward and backward hooks and the very bias parameter of the layer it stands in for."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    bias = old.bias
+    if isinstance(bias, nn.Parameter):
+        owner = new.up if isinstance(new, LowRankLayer) else new
+        owner.register_parameter("bias", bias)
+
+
+def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each replacement wherever the module that it replaces occurs; on any error, undo.
+
+    Args:
+        model: the model to change.
+        replacements: old module to new module.
+    """
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and child in replacements
+    ]
+    try:
+        for parent, name, child in places:
+            _put(parent, name, replacements[child])
+    except BaseException:  # also an interruption from the keyboard
+        for parent, name, child in places:
+            parent._modules[name] = child
+        raise
+
+
+def _put(parent: nn.Module, name: str, child: nn.Module) -> None:
+    # Not setattr: a parent with a __setattr__ of its own could do anything, and the place exists already.
+    parent._modules[name] = child

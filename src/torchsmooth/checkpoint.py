@@ -1,0 +1,140 @@
+"""Loading the state dict of a compressed model into a freshly built dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_initialised, check_module, describe, quoted
+from ._layers import KINDS, LayerKind
+from ._swap import swap_, take_over_
+
+if TYPE_CHECKING:
+    from .lowrank import LowRankLayer
+
+__all__ = ["load_compressed_"]
+
+
+@torch.no_grad()
+def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
+    """Rebuild the low-rank layers that a state dict was saved from, in place, and load it strictly.
+
+    The structure is read off the shapes of the tensors; nothing else has to be saved. Tensors are cast to the dtype and
+    device of the model, as ``load_state_dict`` does. On any error the model is as it was before.
+
+    Args:
+        model: a model built like the one that was compressed, dense (or already of the right structure).
+        state_dict: ``compressed.state_dict()``, for instance from ``torch.load(..., weights_only=True)`` or
+            ``safetensors.torch.load_file``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if an argument is of a wrong type, or the state dict holds other things than tensors.
+        ValueError: if keys are missing, unexpected, contradict each other or have shapes that do not fit; they are named.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> small = build()
+        >>> report = torchsmooth.svd_compress_(small, ratio=0.7)
+        >>> again = torchsmooth.load_compressed_(build(), small.state_dict())
+        >>> x = torch.ones(1, 64)
+        >>> torch.equal(small(x), again(x))
+        True
+
+    Source: the behaviour of ``torch.nn.Module.load_state_dict(strict=True)``.
+    """
+    check_module(model)
+    check_initialised(model)
+    _check_state_dict(state_dict)
+    on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta:
+        raise ValueError(
+            f"the model has parameters on the meta device ({quoted(on_meta)}), which cannot hold values: "
+            "call model.to_empty(device=...) first."
+        )
+    if type(model) in KINDS and {"down.weight", "up.weight"} & state_dict.keys():
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: build the "
+            f"low-rank layer with {type(model).__name__.join(('LowRank', ''))}.like and call its load_state_dict."
+        )
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        kind = KINDS.get(type(module))
+        if kind is not None and name:
+            low_rank = _structure(name, module, kind, state_dict)
+            if low_rank is not None:
+                take_over_(low_rank, module)
+                replacements[module] = low_rank
+    # Values that the load will overwrite: it writes what fits before it raises for what does not.
+    tensors = [*model.parameters(), *model.buffers()]
+    swapped = {id(old._parameters["weight"]) for old in replacements}
+    backup = [(tensor, tensor.clone()) for tensor in tensors if id(tensor) not in swapped]
+    swap_(model, replacements)
+    try:
+        model.load_state_dict(state_dict, strict=True)
+    except BaseException as error:
+        swap_(model, {new: old for old, new in replacements.items()})
+        for tensor, values in backup:
+            tensor.copy_(values)
+        if isinstance(error, RuntimeError):
+            raise ValueError(f"the state dict does not fit this model{_hint(model, state_dict)}: {error}") from error
+        raise
+    return model
+
+
+def _check_state_dict(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping from names to tensors, got {describe(state_dict)}.")
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict must have strings for keys, got {describe(key)}.")
+        if not isinstance(value, Tensor) and not key.endswith("_extra_state"):
+            nested = " (a whole checkpoint? pass that entry of it)" if isinstance(value, Mapping) else ""
+            raise TypeError(f"state_dict must hold tensors, but {key!r} is a {type(value).__name__}{nested}.")
+
+
+def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mapping[str, Any]) -> LowRankLayer | None:
+    """Make the low-rank layer whose factors a state dict holds for one dense layer; None if it holds none."""
+    keys = {part: f"{name}.{part}.weight" for part in ("down", "up")}
+    there = [key for key in keys.values() if key in state_dict]
+    if not there:
+        return None
+    if len(there) == 1:
+        missing = next(key for key in keys.values() if key not in state_dict)
+        raise ValueError(f"the state dict holds {there[0]!r} but not {missing!r}: half of layer {name!r} is missing.")
+    if f"{name}.weight" in state_dict:
+        raise ValueError(
+            f"the state dict holds layer {name!r} twice, dense ({name + '.weight'!r}) and low-rank ({there[0]!r}): "
+            "only one of the two can be meant."
+        )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"layer {name!r} is pruned or weight-normed in this model, but low-rank in the state dict.")
+    up, down = (tuple(state_dict[keys[part]].shape) for part in ("up", "down"))
+    rank = up[1] if len(up) > 1 else 0
+    for scheme, layout in kind.matricisations(module).items():
+        if 1 <= rank <= layout.full_rank and layout.layer_shapes(rank) == (up, down):
+            return kind.like(module, rank, scheme)
+    raise ValueError(
+        f"{keys['down']!r} of shape {down} and {keys['up']!r} of shape {up} are no factors of the weight of layer "
+        f"{name!r}, which has shape {tuple(weight.shape)} in this model: was it built with other sizes?"
+    )
+
+
+def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
+    """Recognise the usual mistake: a prefix that a wrapper has put before every key."""
+    for prefix in ("module.", "_orig_mod."):
+        for wrapped, whose, way in (
+            (state_dict, "its keys", f"strip it, or save model.{prefix}state_dict()"),
+            (model.state_dict(), "the model's", f"load into model.{prefix.rstrip('.')}"),
+        ):
+            if wrapped and all(key.startswith(prefix) for key in wrapped):
+                return f" ({whose} start with {prefix!r}, the prefix of a wrapper: {way})"
+    return ""

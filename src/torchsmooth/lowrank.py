@@ -1,0 +1,416 @@
+"""LowRankLinear and LowRankConv2d: a layer whose weight is a product of two, kept as two ordinary layers.
+
+The children ``down`` (from the input to ``rank`` channels) and ``up`` (on to the output, with the bias) are plain
+``nn.Linear`` / ``nn.Conv2d``, so quantisers, FLOP counters and exporters see what they know. ``weight`` multiplies the
+factors out, for callers that read it (``nn.TransformerEncoderLayer`` in eval mode, Swin's attention).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from ._checks import FLOAT_DTYPES, check_count, check_values, describe
+from ._linalg import truncated_factors, working_copy
+from ._matricise import Matricisation, Scheme, distinct_schemes, matricise
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+__all__ = ["LowRankConv2d", "LowRankLayer", "LowRankLinear", "multiply_out"]
+
+_Layer = TypeVar("_Layer", bound="LowRankLayer")
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class LowRankLayer(nn.Module):
+    """What all low-rank layers share: two children, and the matrix that their product stands for."""
+
+    down: nn.Module
+    up: nn.Module
+    rank: int
+    matricisation: Matricisation
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
+        """Apply ``down``, then ``up``."""
+        output: Tensor = self.up(self.down(input))
+        return output
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense layer: the factors multiplied out, in their dtype. Read-only, computed anew each time."""
+        weight: Tensor = multiply_out(self).to(self._parameter("up").dtype)
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, which ``up`` owns."""
+        bias: nn.Parameter | None = self.up.bias  # type: ignore[assignment]
+        return bias
+
+    def _parameter(self, child: str) -> Tensor:
+        weight: Tensor = getattr(self, child).weight
+        return weight
+
+    def _set_weights(self, up: Tensor, down: Tensor, memory_format: torch.memory_format) -> None:
+        """Cast the float64 factors once, into the parameters that the children already have."""
+        up_weight, down_weight = self.matricisation.to_layer_weights(up, down)
+        with torch.no_grad():
+            for child, value in (("up", up_weight), ("down", down_weight)):
+                own = self._parameter(child)
+                cast = value.to(own).contiguous(memory_format=memory_format)
+                getattr(self, child).weight = nn.Parameter(cast, requires_grad=own.requires_grad)
+
+
+def multiply_out(layer: LowRankLayer) -> Tensor:
+    """Return the weight that a low-rank layer stands for, in float32 or better."""
+    up, down = layer._parameter("up"), layer._parameter("down")
+    wide = torch.promote_types(up.dtype, torch.float32)
+    with torch.autocast(up.device.type, enabled=False):
+        factors = layer.matricisation.to_factors(up.to(wide), down.to(wide))
+        return layer.matricisation.to_weight(factors[0] @ factors[1])
+
+
+def _check_source(module: nn.Module, expected: type[nn.Module], advice: str) -> nn.Parameter:
+    """Return the weight of a layer that is about to be factored, or say why it cannot be."""
+    name = type(module).__name__
+    if not isinstance(module, expected):
+        raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}. {advice}")
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
+        raise ValueError(
+            f"the weight of this {name} is not a plain parameter (lazy, pruned or parametrized): run a batch, or call "
+            "torch.nn.utils.prune.remove / parametrize.remove_parametrizations first."
+        )
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"the weight of this {name} is of {weight.dtype}; expected float64, 32, 16 or bfloat16.")
+    return weight
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)  # noqa: PLR2004
+    # A weight with a 1×1 kernel or one input channel is both: the ordinary strides are the safe reading.
+    return torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
+
+
+def _inherit(layer: _Layer, dense: nn.Module, weight: nn.Parameter) -> _Layer:
+    """Take over mode, ``requires_grad`` and a copy of the bias from the dense layer."""
+    layer.train(dense.training)
+    for child in ("down", "up"):
+        layer._parameter(child).requires_grad_(weight.requires_grad)
+    bias = dense._parameters.get("bias")
+    if bias is not None:
+        copied = bias.detach().clone().to(weight.device)
+        layer.up.register_parameter("bias", nn.Parameter(copied, requires_grad=bias.requires_grad))
+    return layer
+
+
+class LowRankLinear(LowRankLayer):
+    r"""A linear layer with a weight of rank r: ``up(down(x))``, :math:`W = W_{up} W_{down}`.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        rank: 1 … min(in_features, out_features).
+        bias: whether ``up`` has a bias.
+        device: device of the parameters.
+        dtype: floating dtype of the parameters.
+
+    Shape:
+        Input ``(*, in_features)``, output ``(*, out_features)``; ``down.weight`` ``(rank, in_features)``, ``up.weight``
+        ``(out_features, rank)``, ``up.bias`` ``(out_features,)``.
+
+    Raises:
+        TypeError: if the rank is not an integer.
+        ValueError: if it is out of range.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> layer = torchsmooth.LowRankLinear.from_linear(torch.nn.Linear(20, 10), rank=4)
+        >>> layer(torch.zeros(2, 20)).shape, layer.weight.shape
+        (torch.Size([2, 10]), torch.Size([10, 20]))
+
+    Source: Eckart and Young, 1936.
+    """
+
+    down: nn.Linear
+    up: nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,  # noqa: FBT001, FBT002 - as in nn.Linear
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.matricisation = matricise((out_features, in_features), "channel")
+        self.rank = check_count(rank, "rank", self.matricisation.full_rank, "the full rank")
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
+        """Factor a linear layer by truncated SVD; the layer itself is not changed.
+
+        Args:
+            linear: weight ``(out_features, in_features)`` in float64, float32, bfloat16 or float16.
+            rank: 1 … min(in_features, out_features); at the latter the layer is reproduced to rounding.
+
+        Returns:
+            A layer on the same device, with the same dtype, mode, ``requires_grad`` and a copy of the bias.
+
+        Raises:
+            TypeError: if it is not a Linear, or of another dtype.
+            ValueError: if the rank is out of range, or the weight is not a plain, finite parameter.
+        """
+        weight = _check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.")
+        check_values(weight, type(linear).__name__)
+        layer = cls.like(linear, rank)
+        layer._set_weights(*truncated_factors(layer.matricisation.to_matrices(weight), rank), torch.contiguous_format)
+        return layer
+
+    @classmethod
+    def like(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
+        """Make a layer to take the place of ``linear``, with factors that are still to be filled in.
+
+        Args:
+            linear: the layer to replace.
+            rank: 1 … min(in_features, out_features).
+
+        Returns:
+            A layer with uninitialised factors; device, dtype, mode, ``requires_grad`` and bias as in ``linear``.
+
+        Raises:
+            TypeError: if it is not a Linear, or of another dtype.
+            ValueError: if the rank is out of range.
+        """
+        weight = _check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.like.")
+        check_count(rank, "rank", min(weight.shape), "the full rank")
+        layer = _uninitialised(
+            cls, linear.in_features, linear.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
+        )
+        return _inherit(layer, linear, weight)
+
+    def to_linear(self) -> nn.Linear:
+        """Merge the factors into an ``nn.Linear``; this layer is not changed.
+
+        Returns:
+            A layer that computes the same to rounding, with mode, dtype, device and ``requires_grad`` kept.
+        """
+        return _merged(self, nn.Linear, self.in_features, self.out_features)
+
+    def extra_repr(self) -> str:
+        """Show the sizes, as ``nn.Linear`` does."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class LowRankConv2d(LowRankLayer):
+    """A convolution with a weight of rank r (in each group), in one of the schemes of the matricisation.
+
+    ``channel``: a full kernel to ``rank`` channels, then 1×1. ``input``: 1×1, then the full kernel. ``spatial``: kh×1,
+    then 1×kw. ``spatial_transposed``: 1×kw, then kh×1. Stride, padding (also ``"same"`` and every ``padding_mode``) and
+    dilation go with the kernel axis they belong to. Schemes that coincide for a kernel (all, for 1×1) go by the first of
+    their names.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: a number or a pair.
+        rank: 1 … the full rank of the scheme's matrix, for each group.
+        scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
+        stride: a number or a pair.
+        padding: a number, a pair, ``"same"`` or ``"valid"``.
+        dilation: a number or a pair.
+        groups: number of groups.
+        bias: whether ``up`` has a bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device: device of the parameters.
+        dtype: floating dtype of the parameters.
+
+    Shape:
+        Input and output as of ``nn.Conv2d``; ``down.weight`` has ``groups · rank`` output channels, ``up.weight``
+        ``rank`` input channels in each of the groups.
+
+    Raises:
+        TypeError: if the rank is not an integer.
+        ValueError: if it is out of range, or the scheme is unknown.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> conv = torch.nn.Conv2d(8, 16, 3, padding=1)
+        >>> layer = torchsmooth.LowRankConv2d.from_conv2d(conv, rank=4, scheme="spatial")
+        >>> layer.down.kernel_size, layer.up.kernel_size
+        ((3, 1), (1, 3))
+
+    Source: channel: Zhang et al., "Accelerating Very Deep Convolutional Networks for Classification and Detection",
+    2016; spatial: Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions", 2014.
+    """
+
+    down: nn.Conv2d
+    up: nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        rank: int,
+        *,
+        scheme: Scheme = "channel",
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # torch's own class checks the arguments and spells them out as pairs; on meta it costs nothing.
+        dense = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,  # type: ignore[arg-type]
+            stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            dilation,  # type: ignore[arg-type]
+            groups,
+            bias=False,
+            padding_mode=padding_mode,
+            device="meta",
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
+        self.padding, self.padding_mode = dense.padding, padding_mode
+        self.matricisation = matricise(dense.weight.shape, scheme, groups)
+        self.scheme = distinct_schemes(self.kernel_size)[scheme]
+        self.rank = check_count(
+            rank, "rank", self.matricisation.full_rank, f"the full rank of scheme {scheme!r} in each group"
+        )
+        self.matricisation = matricise(dense.weight.shape, self.scheme, groups)
+
+        def part(channels: tuple[int, int], axes: tuple[int, ...], *, bias: bool) -> nn.Conv2d:
+            def on_axes(pair: tuple[int, ...], otherwise: int) -> Any:
+                return tuple(size if axis in axes else otherwise for axis, size in enumerate(pair))
+
+            return nn.Conv2d(
+                *channels,
+                on_axes(self.kernel_size, 1),
+                on_axes(self.stride, 1),
+                self.padding if isinstance(self.padding, str) else on_axes(self.padding, 0),
+                on_axes(self.dilation, 1),
+                groups,
+                bias=bias,
+                padding_mode=padding_mode,
+                device=device,
+                dtype=dtype,
+            )
+
+        self.down = part((in_channels, groups * rank), self.matricisation.down_axes, bias=False)
+        self.up = part((groups * rank, out_channels), self.matricisation.up_axes, bias=bias)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, rank: int, scheme: Scheme = "channel") -> LowRankConv2d:
+        """Factor a convolution by truncated SVD, each group on its own; the layer itself is not changed.
+
+        Args:
+            conv: weight ``(out, in / groups, kh, kw)`` in float64, float32, bfloat16 or float16.
+            rank: 1 … full rank of the scheme's matrix; at the latter the layer is reproduced to rounding.
+            scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
+
+        Returns:
+            A layer on the same device, with the same dtype, memory format, mode, ``requires_grad`` and a copy of the bias.
+
+        Raises:
+            TypeError: if it is not a Conv2d, or of another dtype.
+            ValueError: if the rank is out of range, the scheme unknown, or the weight not a plain, finite parameter.
+        """
+        weight = _check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.")
+        check_values(weight, type(conv).__name__)
+        layer = cls.like(conv, rank, scheme)
+        factors = truncated_factors(layer.matricisation.to_matrices(weight), rank)
+        layer._set_weights(*factors, _memory_format(weight))
+        return layer
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, rank: int, scheme: Scheme = "channel") -> LowRankConv2d:
+        """Make a layer to take the place of ``conv``, with factors that are still to be filled in.
+
+        Args:
+            conv: the layer to replace.
+            rank: 1 … full rank of the scheme's matrix.
+            scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
+
+        Returns:
+            A layer with uninitialised factors; device, dtype, mode, ``requires_grad`` and bias as in ``conv``.
+
+        Raises:
+            TypeError: if it is not a Conv2d, or of another dtype.
+            ValueError: if the rank is out of range, or the scheme unknown.
+        """
+        weight = _check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.like.")
+        layout = matricise(weight.shape, scheme, conv.groups)
+        check_count(rank, "rank", layout.full_rank, f"the full rank of scheme {scheme!r} in each group")
+        layer = _uninitialised(
+            cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, scheme=scheme, **_geometry(conv),
+            bias=False, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        return _inherit(layer, conv, weight)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """Merge the factors into an ``nn.Conv2d``; this layer is not changed.
+
+        Returns:
+            A layer that computes the same to rounding, with mode, dtype, device, memory format and ``requires_grad`` kept.
+        """
+        sizes = (self.in_channels, self.out_channels, self.kernel_size)
+        return _merged(self, nn.Conv2d, *sizes, **_geometry(self))
+
+    def extra_repr(self) -> str:
+        """Show the sizes, as ``nn.Conv2d`` does."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            value = getattr(self, name)
+            text += f", {name}={value}" if value != default else ""
+        return f"{text}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}"
+
+
+def _geometry(conv: nn.Conv2d | LowRankConv2d) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
+
+
+def _uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
+    """Build a module without drawing random numbers for parameters that are replaced at once."""
+    layer: _Module = skip_init(cls, *args, **kwargs)  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
+    own = layer._parameter("up")
+    dense: Any = _uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
+    bias = layer.bias
+    with torch.no_grad():
+        up, down = (working_copy(factor) for factor in (own, layer._parameter("down")))
+        factors = layer.matricisation.to_factors(up, down)
+        weight = layer.matricisation.to_weight(factors[0] @ factors[1]).to(own)
+        last = any(_memory_format(layer._parameter(child)) is torch.channels_last for child in ("up", "down"))
+        weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        dense.weight = nn.Parameter(weight, requires_grad=own.requires_grad)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    merged: _Module = dense.train(layer.training)
+    return merged
