@@ -1,0 +1,61 @@
+"""Hypothesis strategies: every random value comes from a seed that the strategy draws, so each failure can be replayed."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal entries from a generator of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def fill_(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Set all parameters and floating buffers of a module from a seed; variances stay positive."""
+    with torch.no_grad():
+        for number, (name, tensor) in enumerate([*module.named_parameters(), *module.named_buffers()]):
+            if tensor.is_floating_point():
+                values = randn(*tensor.shape, seed=seed + number) / max(1, tensor[0].numel() if tensor.dim() else 1) ** 0.5
+                tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
+    return module
+
+
+HARD_KINDS = ("normal", "zero", "rank_one", "repeated", "tiny", "huge", "decaying", "orthogonal", "strided")
+
+
+def hard_matrix(kind: str, rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Construct a matrix with one property that breaks careless code."""
+    normal = randn(rows, columns, seed=seed)
+    full = min(rows, columns)
+    left, _, right = torch.linalg.svd(normal, full_matrices=False)
+    if kind == "zero":
+        matrix = torch.zeros_like(normal)
+    elif kind == "rank_one":
+        matrix = normal[:, :1] @ normal[:1, :]
+    elif kind == "repeated":  # every singular value twice
+        matrix = (left * (2.0 + torch.arange(full) // 2)) @ right
+    elif kind == "tiny":
+        matrix = 1e-25 * normal
+    elif kind == "huge":  # near the top of float16, far from it for the others
+        matrix = 1e4 * normal / normal.abs().max()
+    elif kind == "decaying":
+        matrix = (left * 10.0 ** -torch.arange(full)) @ right
+    elif kind == "orthogonal":
+        matrix = left @ right
+    elif kind == "strided":
+        matrix = randn(columns, 2 * rows, seed=seed)[:, ::2].T
+        return matrix.to(dtype).T.contiguous().T  # transposed strides in every dtype
+    else:
+        matrix = normal
+    return matrix.to(dtype)
+
+
+@st.composite
+def hard_matrices(draw, min_size: int = 1, max_size: int = 12, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Matrices of all shapes and hard kinds."""
+    sizes = st.integers(min_size, max_size)
+    return hard_matrix(draw(st.sampled_from(HARD_KINDS)), draw(sizes), draw(sizes), draw(seeds), dtype)
