@@ -1,13 +1,15 @@
 """CIFAR-10 and the trained networks that lie beside a checkout, in ``../shared/data``.
 
-The images are a JPEG copy of CIFAR-10 (quality 75): networks score a little lower on it than on the original pixels. The
-folder can also be named by the environment variable ``TORCHSMOOTH_SHARED_DATA``. Nothing of it is part of the repository.
+The images are a JPEG copy of CIFAR-10 (quality 75): networks score a little lower on it than on the original
+pixels. The folder can also be named by the environment variable ``TORCHSMOOTH_SHARED_DATA``. Nothing of it is
+part of the repository.
 """
 
 from __future__ import annotations
 
 import io
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +49,7 @@ def load_images(split: str, count: int) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(data[f"{split}_labels"][:count].astype(np.int64))
         images = [
             np.asarray(Image.open(io.BytesIO(encoded[start:end].tobytes())).convert("RGB"))
-            for start, end in zip(offsets[:count], offsets[1 : count + 1], strict=True)
+            for start, end in pairwise(offsets[: count + 1])
         ]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels
 
@@ -115,7 +117,7 @@ class ResNet18(nn.Module):
 
 
 def load_resnet18(name: str) -> ResNet18:
-    """Load one of the trained networks of ``resnet18_w16``: ``plain``, ``nuclear_1e-3``, ``tail_80`` …"""
+    """Load one of the trained networks of ``resnet18_w16``: ``plain``, ``nuclear_1e-3``, ``tail_80``."""
     model = ResNet18(width=16)
     state = torch.load(shared_data() / "resnet18_w16" / f"{name}.pt", weights_only=True, map_location="cpu")
     model.load_state_dict(state)

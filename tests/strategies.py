@@ -1,4 +1,4 @@
-"""Hypothesis strategies: every random value comes from a seed that the strategy draws, so each failure can be replayed."""
+"""Hypothesis strategies: every random value comes from a seed that a strategy draws, so a failure can be replayed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def fill_(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     with torch.no_grad():
         for number, (name, tensor) in enumerate([*module.named_parameters(), *module.named_buffers()]):
             if tensor.is_floating_point():
-                values = randn(*tensor.shape, seed=seed + number) / max(1, tensor[0].numel() if tensor.dim() else 1) ** 0.5
+                fan_in = max(1, tensor[0].numel()) if tensor.dim() else 1
+                values = randn(*tensor.shape, seed=seed + number) / fan_in**0.5
                 tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
     return module
 

@@ -1,9 +1,10 @@
 r"""Ranks for a budget of parameters.
 
-Each layer is reduced to its *frontier*: the choices (scheme and rank, or dense) that no cheaper choice beats, from the
-cheapest to the dense layer. Choosing one point on each frontier such that the errors add up to the least within a budget
-is a knapsack; one Lagrange multiplier λ solves its convex relaxation, :math:`\min \sum_l e_l(i_l) + \lambda c_l(i_l)`
-layer by layer. λ is bisected to the budget, and what rounding to whole ranks left over is then filled in greedily.
+Each layer is reduced to its *frontier*: the choices (scheme and rank, or dense) that no cheaper choice beats,
+from the cheapest to the dense layer. Choosing one point on each frontier such that the errors add up to the
+least within a budget is a knapsack; one Lagrange multiplier λ solves its convex relaxation, :math:`\min \sum_l
+e_l(i_l) + \lambda c_l(i_l)` layer by layer. λ is bisected to the budget, and what rounding to whole ranks left
+over is then filled in greedily.
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 # The dtypes whose weights can be decomposed and cast back. float8 and complex weights are not among them.
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_SHORT = 60
+
 
 def describe(value: object) -> str:
     """Name a wrong argument in an error: its type, and its value where that is short."""
     text = repr(value)
     kind = type(value).__name__
-    return f"{kind} {text}" if len(text) <= 60 else kind
+    return f"{kind} {text}" if len(text) <= _SHORT else kind
 
 
 def quoted(names: Collection[str], limit: int = 5) -> str:

@@ -1,8 +1,8 @@
 """Which layers of a model can be compressed, and how each kind is matricised and rebuilt.
 
-Kinds are looked up by *exact* type. A subclass may use its weight in ways that a low-rank layer would not know of
-(``NonDynamicallyQuantizableLinear`` inside ``nn.MultiheadAttention``, a parametrized layer, a sharded one), so it stays
-dense, and :func:`find_layers` says why.
+Kinds are looked up by *exact* type. A subclass may use its weight in ways that a low-rank layer would not know
+of (``NonDynamicallyQuantizableLinear`` inside ``nn.MultiheadAttention``, a parametrized layer, a sharded one),
+so it stays dense, and :func:`find_layers` says why.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The linear algebra under both halves: spectra, truncated factors and polar factors of batches of matrices.
 
-Weights in single or half precision are decomposed through the Gram matrix of their small side in float64: a product
-of float32 entries is exact in float64, and the eigenvalues of that small symmetric matrix carry about 1e-8 of the
-largest singular value, below the rounding of the weight itself. It is several times faster than an SVD of the whole
-matrix (see ``benchmarks/decompose.py``). Float64 weights, for which squaring would lose half of the digits, take
-the SVD.
+Weights in single or half precision are decomposed through the Gram matrix of their small side in float64: a
+product of float32 entries is exact in float64, and the eigenvalues of that small symmetric matrix carry about
+1e-8 of the largest singular value, below the rounding of the weight itself. It is several times faster than an
+SVD of the whole matrix (see ``benchmarks/decompose.py``). Float64 weights, for which squaring would lose half
+of the digits, take the SVD.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def tail_energies(values: Tensor) -> Tensor:
 def truncated_factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of each matrix with ``rank``, as a product of two.
 
-    Each singular value is shared between the factors as its square root on both sides, which keeps both in the range of
-    half precision. The entry of largest magnitude of each left singular vector is positive, so equal input gives
-    equal factors.
+    Each singular value is shared between the factors as its square root on both sides, which keeps both in the
+    range of half precision. The entry of largest magnitude of each left singular vector is positive, so equal
+    input gives equal factors.
 
     Args:
         matrices: ``(groups, m, n)``, any floating dtype, finite.
@@ -109,8 +109,8 @@ def _balance(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
 def nuclear_norm_and_polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the singular values of all matrices, and the factor U Vᵀ of each, which is its gradient.
 
-    Directions with a singular value below the rounding of the matrix (``max(m, n) · eps`` of the largest) are left out
-    of U Vᵀ: of all subgradients there it is the one of least norm, and it is zero at the zero matrix.
+    Directions with a singular value below the rounding of the matrix (``max(m, n) · eps`` of the largest) are
+    left out of U Vᵀ: of all subgradients there it is the one of least norm, and it is zero at the zero matrix.
 
     Args:
         matrices: ``(groups, m, n)`` in float32 or float64.

@@ -13,8 +13,8 @@ scheme                   rows                columns             the two convolu
 ``spatial_transposed``   out · kh            in · kw             1 × kw, then kh × 1
 =======================  ==================  ==================  ==============================
 
-A linear layer has no kernel axes, so its weight is the matrix. Groups are a batch of matrices: each is factored on
-its own, since a grouped weight flattened as one matrix mixes channels that never meet.
+A linear layer has no kernel axes, so its weight is the matrix. Groups are a batch of matrices: each is factored
+on its own, since a grouped weight flattened as one matrix mixes channels that never meet.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Matricisation:
         return split.permute(order).reshape(shape)
 
     def to_layer_weights(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn factors ``(groups, rows, rank)`` and ``(groups, rank, columns)`` into the weights of ``up`` and ``down``."""
+        """Turn factors ``(groups, rows, rank)``, ``(groups, rank, columns)`` into weights of ``up`` and ``down``."""
         rank = up.shape[-1]
         up_sizes = [self.kernel[axis] for axis in self.up_axes]
         split = up.reshape(self.groups, self.out_channels, *up_sizes, rank)
@@ -161,8 +161,8 @@ def matricise(shape: Sequence[int], scheme: str, groups: int = 1) -> Matricisati
 def distinct_schemes(kernel: Sequence[int]) -> dict[Scheme, Scheme]:
     """Map every scheme for a kernel to the first scheme that is the same reshaping.
 
-    Kernel axes of size one make schemes coincide: for a 1×1 kernel all four are ``channel``. Each matricisation goes
-    by one name, so that the shapes of the two factors always tell which one they came from.
+    Kernel axes of size one make schemes coincide: for a 1×1 kernel all four are ``channel``. Each matricisation
+    goes by one name, so that the shapes of the two factors always tell which one they came from.
     """
     names: dict[tuple[int, ...], Scheme] = {}
     first: dict[Scheme, Scheme] = {}

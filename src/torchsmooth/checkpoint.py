@@ -35,7 +35,8 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
 
     Raises:
         TypeError: if an argument is of a wrong type, or the state dict holds other things than tensors.
-        ValueError: if keys are missing, unexpected, contradict each other or have shapes that do not fit; they are named.
+        ValueError: if keys are missing, unexpected, contradict each other or have shapes that do not fit; they are
+            named.
 
     Example:
         >>> import torch, torchsmooth

@@ -32,8 +32,8 @@ def svd_compress_(
     """Replace the Linear and Conv2d layers of a model by low-rank ones, in place, with no fine-tuning.
 
     Everything is planned and factored first and swapped last: an error leaves the model bit for bit as it was. Device,
-    dtype, memory format, mode, ``requires_grad``, bias parameters and hooks are kept. The weights are new parameters, so make
-    the optimizer afterwards if training goes on. Penalties registered on a replaced layer go with it.
+    dtype, memory format, mode, ``requires_grad``, bias parameters and hooks are kept. The weights are new parameters,
+    so make the optimizer afterwards if training goes on. Penalties registered on a replaced layer go with it.
 
     Args:
         model: any model. A layer that cannot be compressed stays dense, and the report says why.

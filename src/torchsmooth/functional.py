@@ -1,7 +1,7 @@
 r"""Smoothness penalties as pure functions of a weight.
 
-All three are *sums*, not means, and need no rescaling with the size of a layer. The gradient of the derivative penalties
-at an entry involves only its neighbours, and that of the nuclear norm moves every singular value by the same
+All three are *sums*, not means, and need no rescaling with the size of a layer. The gradient of the derivative
+penalties at an entry involves only its neighbours, and that of the nuclear norm moves every singular value by the same
 amount, whatever the shape; under the usual initialisations singular values are of order one in small and large
 layers alike. One strength therefore serves a whole model, as one weight decay does.
 """
@@ -84,8 +84,8 @@ def second_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = Fal
 
     .. math:: \sum_{axis} \lVert D^2_{axis} W \rVert_F^2, \qquad (D^2 W)_j = W_{j+2} - 2 W_{j+1} + W_j
 
-    Zero exactly on weights that are affine along each channel axis; unchanged when the channels are reversed. It acts as
-    a weight decay of strength :math:`(2 - 2\cos\omega)^2` on the frequency :math:`\omega` along the channels.
+    Zero exactly on weights that are affine along each channel axis; unchanged when the channels are reversed. It acts
+    as a weight decay of strength :math:`(2 - 2\cos\omega)^2` on the frequency :math:`\omega` along the channels.
 
     Args:
         weight: ``(out, in / groups, *kernel)`` (``(in, out / groups, *kernel)`` if ``transposed``), at least two
@@ -118,8 +118,8 @@ def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, tr
     .. math:: \lVert M \rVert_* = \sum_j \sigma_j(M)
 
     The gradient is :math:`U V^\top`. Where the matrix is rank-deficient the norm has a kink and every
-    :math:`U V^\top + Q` with ``Q`` on the missing directions, :math:`\lVert Q \rVert_2 \le 1`, is a subgradient; the one
-    used is the smallest, ``Q = 0``, which is zero at the zero matrix. There is no second derivative: asking for one
+    :math:`U V^\top + Q` with ``Q`` on the missing directions, :math:`\lVert Q \rVert_2 \le 1`, is a subgradient; the
+    one used is the smallest, ``Q = 0``, which is zero at the zero matrix. There is no second derivative: asking for one
     raises. Half-precision weights are decomposed in float64.
 
     Args:

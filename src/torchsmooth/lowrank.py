@@ -43,7 +43,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the dense layer: the factors multiplied out, in their dtype. Read-only, computed anew each time."""
+        """The weight of the dense layer: the factors multiplied out, in their dtype. Read-only, never kept."""
         weight: Tensor = multiply_out(self).to(self._parameter("up").dtype)
         return weight
 
@@ -221,8 +221,8 @@ class LowRankConv2d(LowRankLayer):
 
     ``channel``: a full kernel to ``rank`` channels, then 1×1. ``input``: 1×1, then the full kernel. ``spatial``: kh×1,
     then 1×kw. ``spatial_transposed``: 1×kw, then kh×1. Stride, padding (also ``"same"`` and every ``padding_mode``) and
-    dilation go with the kernel axis they belong to. Schemes that coincide for a kernel (all, for 1×1) go by the first of
-    their names.
+    dilation go with the kernel axis they belong to. Schemes that coincide for a kernel (all, for 1×1) go by the first
+    of their names.
 
     Args:
         in_channels: channels of the input.
@@ -332,7 +332,8 @@ class LowRankConv2d(LowRankLayer):
             scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
 
         Returns:
-            A layer on the same device, with the same dtype, memory format, mode, ``requires_grad`` and a copy of the bias.
+            A layer on the same device, with the same dtype, memory format, mode, ``requires_grad`` and a copy of the
+            bias.
 
         Raises:
             TypeError: if it is not a Conv2d, or of another dtype.
@@ -374,7 +375,8 @@ class LowRankConv2d(LowRankLayer):
         """Merge the factors into an ``nn.Conv2d``; this layer is not changed.
 
         Returns:
-            A layer that computes the same to rounding, with mode, dtype, device, memory format and ``requires_grad`` kept.
+            A layer that computes the same to rounding, with mode, dtype, device, memory format and ``requires_grad``
+            kept.
         """
         sizes = (self.in_channels, self.out_channels, self.kernel_size)
         return _merged(self, nn.Conv2d, *sizes, **_geometry(self))

@@ -63,8 +63,8 @@ class NuclearNorm(Penalty):
     Args:
         strength: the factor in front, finite and ≥ 0. The gradient moves every singular value by ``strength`` a
             step (times the learning rate), in layers of any size. From 1e-4 (barely felt) to 1e-2 (strong).
-        scheme: which matricisation of a convolution is made low-rank; see :func:`functional.nuclear_norm`. The spatial
-            schemes need weights with two kernel axes; every other weight uses ``"channel"`` then.
+        scheme: which matricisation of a convolution is made low-rank; see :func:`functional.nuclear_norm`. The
+            spatial schemes need weights with two kernel axes; every other weight uses ``"channel"`` then.
 
     Raises:
         TypeError: if the strength is not a number.

@@ -204,17 +204,18 @@ def plan_compression(
 ) -> CompressionPlan:
     r"""Decide which layer gets which scheme and rank, without touching the model.
 
-    With a ratio, ranks are chosen for the whole model at once: they minimise the sum over the layers of the squared relative
-    error :math:`\lVert W - \hat W\rVert_F^2 / \lVert W\rVert_F^2` within the budget of parameters. The budget is
-    exact: never more than ``1 - ratio`` of the model's parameters, and as close below as one more singular triple allows.
+    With a ratio, ranks are chosen for the whole model at once: they minimise the sum over the layers of the squared
+    relative error :math:`\lVert W - \hat W\rVert_F^2 / \lVert W\rVert_F^2` within the budget of parameters. The
+    budget is exact: never more than ``1 - ratio`` of the model's parameters, and as close below as one more singular
+    triple allows.
     A layer that would not get smaller stays dense.
 
     Args:
         model: any model; its Linear and Conv2d layers are planned, everything else is listed with a reason.
         ratio: fraction of *all* parameters of the model to remove, strictly between 0 and 1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
-        scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), or ``"auto"``: the best of
-            all for each layer. Linear layers and 1×1 convolutions have only one.
+        scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), or ``"auto"``: the
+            best of all for each layer. Linear layers and 1×1 convolutions have only one.
         allocation: ``"budget"`` as above, or ``"uniform"``: each layer keeps the same fraction of its own parameters.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``, called for each layer that could be compressed; False
             leaves it dense.
@@ -224,9 +225,9 @@ def plan_compression(
 
     Raises:
         TypeError: if an argument is of a wrong type.
-        ValueError: if an argument is out of range, both or neither of ``ratio`` and ``max_error`` are given, the ratio cannot
-            be reached (the message names the largest that can), a weight holds NaN or infinite values, is sharded or
-            not initialised, or there is nothing to compress.
+        ValueError: if an argument is out of range, both or neither of ``ratio`` and ``max_error`` are given, the
+            ratio cannot be reached (the message names the largest that can), a weight holds NaN or infinite values,
+            is sharded or not initialised, or there is nothing to compress.
 
     Example:
         >>> import torch, torchsmooth
@@ -235,7 +236,8 @@ def plan_compression(
         >>> plan.parameters_after <= 0.3 * plan.parameters_before
         True
 
-    Source: one Lagrange multiplier for ranks under a budget: BALF, 2025 (arXiv 2509.25136); the bisection and the objective
+    Source: one Lagrange multiplier for ranks under a budget: BALF, 2025 (arXiv 2509.25136); the bisection and the
+    objective
     here are the library's own.
     """
     check_module(model)

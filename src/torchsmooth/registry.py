@@ -1,9 +1,9 @@
 """Penalties registered on modules, and their sum.
 
-The interface is that of ``torch.nn.utils.parametrize``, the mechanism is not: a penalty does not change the weight, so it
-needs no change of class, no property and no new state-dict key. A registration is an entry in a plain dictionary among
-the attributes of the module. It is copied by ``deepcopy``, travels through ``pickle`` and ``torch.save``, and the
-weight is looked up by name whenever the penalty is evaluated, never kept.
+The interface is that of ``torch.nn.utils.parametrize``, the mechanism is not: a penalty does not change the weight,
+so it needs no change of class, no property and no new state-dict key. A registration is an entry in a plain
+dictionary among the attributes of the module. It is copied by ``deepcopy``, travels through ``pickle`` and
+``torch.save``, and the weight is looked up by name whenever the penalty is evaluated, never kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["is_penalized", "penalty_loss", "register_penalty", "remove_penalties
 
 _ATTRIBUTE = "_torchsmooth_penalties"
 
-# Layers whose weight `smooth_` finds by itself. Subclasses count (a parametrized layer is one): only the weight is read.
+# Layers whose weight `smooth_` finds by itself, and their subclasses (a parametrized layer is one).
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
@@ -67,7 +67,8 @@ def register_penalty(module: nn.Module, tensor_name: str, penalty: Penalty) -> n
     Args:
         module: the module that owns the tensor.
         tensor_name: name of a parameter (or parametrized tensor) with at least two axes, real floating dtype. It is
-            read as ``(out, in / groups, *kernel)``; for the ``ConvTranspose`` layers as ``(in, out / groups, *kernel)``.
+            read as ``(out, in / groups, *kernel)``; for the ``ConvTranspose`` layers as ``(in, out / groups,
+            *kernel)``.
         penalty: for instance ``NuclearNorm(1e-3)``.
 
     Returns:
@@ -232,8 +233,8 @@ def smooth_(
 def penalty_loss(model: nn.Module) -> Tensor:
     """Add up strength × penalty over everything registered in a model.
 
-    Add it to the loss of each step. A weight that is shared between layers counts once for each different penalty. The row
-    of an Embedding's ``padding_idx``, which is never trained, is left out.
+    Add it to the loss of each step. A weight that is shared between layers counts once for each different penalty.
+    The row of an Embedding's ``padding_idx``, which is never trained, is left out.
 
     Args:
         model: a module; wrapped (DistributedDataParallel, torch.compile) or not.
