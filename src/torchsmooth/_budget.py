@@ -48,6 +48,10 @@ class Frontier:
         useful = errors < best_before
         return Frontier(costs[useful], errors[useful], order[useful])
 
+    def within(self, cost: int) -> int:
+        """Count the choices of at most this cost."""
+        return int((self.costs <= cost).sum())
+
 
 def within_budget(frontiers: Sequence[Frontier], budget: int) -> list[int]:
     """Choose the points of least total error whose costs sum to at most ``budget``.
@@ -91,7 +95,7 @@ def uniformly(frontiers: Sequence[Frontier], budget: int) -> list[int]:
         indices = []
         for one in frontiers:
             allowed = int(fraction * int(one.costs[-1]))
-            indices.append(max(0, int(torch.searchsorted(one.costs, allowed, right=True)) - 1))
+            indices.append(max(0, one.within(allowed) - 1))
         return indices
 
     low, high = 0.0, 1.0
@@ -122,7 +126,7 @@ def _fill(frontiers: Sequence[Frontier], indices: list[int], budget: int) -> lis
 
     def best_step(layer: int) -> tuple[float, int]:
         one, index = frontiers[layer], indices[layer]
-        end = int(torch.searchsorted(one.costs, int(one.costs[index]) + slack, right=True))
+        end = one.within(int(one.costs[index]) + slack)
         if end <= index + 1:
             return 0.0, index
         steps = slice(index + 1, end)

@@ -36,7 +36,10 @@ def check_real(value: object, name: str) -> float:
     """Return ``value`` as a float; booleans, NaN and infinities are refused."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {describe(value)}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}.")
     return number

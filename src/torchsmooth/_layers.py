@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+# What every module keeps: its children, parameters, hooks.
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+
 # What a user may ask for. A weight without two kernel axes has no spatial scheme; it takes "channel" then.
 _OPTIONS: dict[str, tuple[Scheme, ...]] = {
     "auto": SCHEMES,
@@ -124,8 +127,11 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
             f"use {way}, or wrap it in a torch.nn.Sequential."
         )
-    owners = _owners(model)
-    return [FoundLayer(name, module, _reason(name, module, owners)) for name, module in _walk(model)]
+    owners, outside = _owners(model), _held_outside(model)
+    return [
+        FoundLayer(name, module, _reason(name, module, owners) or outside.get(module, ""))
+        for name, module in _walk(model)
+    ]
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -150,6 +156,21 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 owners.setdefault(_memory(parameter), []).append(f"{name}.{own_name}" if name else own_name)
     return owners
+
+
+def _held_outside(model: nn.Module) -> dict[nn.Module, str]:
+    """Find modules that a parent also keeps in a plain attribute or list, where a replacement would not be seen."""
+    held: dict[nn.Module, str] = {}
+    for name, owner in model.named_modules():
+        for attribute, value in vars(owner).items():
+            if attribute in _TORCH_ATTRIBUTES:
+                continue
+            values = value.values() if isinstance(value, dict) else value
+            for one in values if isinstance(value, (dict, list, tuple, set)) else (value,):
+                if isinstance(one, nn.Module):
+                    place = f"{name}.{attribute}" if name else attribute
+                    held[one] = f"also held by the plain attribute {place}"
+    return held
 
 
 def _memory(parameter: Tensor) -> int:

@@ -72,12 +72,12 @@ class Matricisation:
     @property
     def rows(self) -> int:
         """Rows of each matrix."""
-        return self.out_channels * math.prod(self.kernel[axis] for axis in self.up_axes)
+        return self.out_channels * math.prod([self.kernel[axis] for axis in self.up_axes])
 
     @property
     def columns(self) -> int:
         """Columns of each matrix."""
-        return self.in_channels * math.prod(self.kernel[axis] for axis in self.down_axes)
+        return self.in_channels * math.prod([self.kernel[axis] for axis in self.down_axes])
 
     @property
     def full_rank(self) -> int:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._checks import check_choice, check_count, describe
+from ._checks import FLOAT_DTYPES, check_choice, check_count, describe
 from ._linalg import LinAlgError, nuclear_norm_and_polar
 from ._matricise import SCHEMES, channel_view, matricise
 
@@ -24,8 +23,8 @@ __all__ = ["first_derivative", "nuclear_norm", "second_derivative"]
 def _check_weight(weight: Tensor, groups: int) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {describe(weight)}.")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be of a real floating dtype, got {weight.dtype}.")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"weight must be of float64, float32, bfloat16 or float16, got {weight.dtype}.")
     if weight.dim() < 2:  # noqa: PLR2004 - the two channel axes
         raise ValueError(
             f"weight must have an output and an input channel axis, got shape {tuple(weight.shape)}: "
@@ -160,26 +159,48 @@ def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, tr
 
 
 class _NuclearNorm(torch.autograd.Function):
-    """The value and its gradient from one decomposition; the gradient is a constant of the forward pass."""
+    """The value and its gradient, both from one decomposition in the forward pass."""
 
     @staticmethod
     def forward(matrices: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            return nuclear_norm_and_polar(matrices)
+            # LAPACK does not notice every NaN. A compiled graph cannot branch on values; there NaN gives NaN.
+            if torch.compiler.is_compiling() or bool(torch.isfinite(matrices).all()):
+                return nuclear_norm_and_polar(matrices)
+            cause = None
         except LinAlgError as error:
-            raise ValueError(
-                "the nuclear norm needs a weight of finite values, but this one could not be decomposed: "
-                "look for NaN or infinite entries (a learning rate that is too high is the usual cause)."
-            ) from error
+            cause = error
+        raise ValueError(
+            "the nuclear norm needs a weight of finite values, but this one holds NaN or infinite entries or could not "
+            "be decomposed: a learning rate that is too high is the usual cause."
+        ) from cause
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
-        ctx.save_for_backward(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor, _: Tensor) -> Tensor:
-        (polar,) = ctx.saved_tensors
-        gradient: Tensor = grad_value * polar
+        matrices, polar = ctx.saved_tensors
+        gradient: Tensor = grad_value * _Once.apply(polar, matrices)  # type: ignore[no-untyped-call]
         return gradient
+
+
+class _Once(torch.autograd.Function):
+    """The polar factor, as a function of the matrix that refuses to be differentiated: not to would give a zero."""
+
+    @staticmethod
+    def forward(polar: Tensor, matrices: Tensor) -> Tensor:  # noqa: ARG004
+        return polar.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # noqa: ARG004
+        raise RuntimeError(
+            "the second derivative of the nuclear norm was asked for (create_graph, or a gradient of a gradient), and "
+            "there is none: take the penalty out of the loss that is differentiated twice."
+        )

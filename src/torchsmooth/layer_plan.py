@@ -143,13 +143,13 @@ class LayerPlan:
         for scheme, one in self.options.items():
             layout = one.matricisation
             most = min(layout.full_rank, (self.parameters_before - 1) // layout.triple_parameters)
-            ranks = torch.arange(1, most + 1)
+            ranks = torch.arange(1, most + 1, device="cpu")  # whatever the default device is
             meanings += [(scheme, rank) for rank in range(1, most + 1)]
             costs.append(ranks * layout.triple_parameters)
             errors.append(one.errors[1 : most + 1])
         meanings.append(None)
-        costs.append(torch.tensor([self.parameters_before]))
-        errors.append(torch.zeros(1, dtype=torch.float64))
+        costs.append(torch.tensor([self.parameters_before], device="cpu"))
+        errors.append(torch.zeros(1, dtype=torch.float64, device="cpu"))
         return Frontier.of(torch.cat(costs), torch.cat(errors)), meanings
 
     def __repr__(self) -> str:

@@ -8,12 +8,13 @@ dictionary among the attributes of the module. It is copied by ``deepcopy``, tra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_initialised, check_module, describe
+from ._checks import FLOAT_DTYPES, check_initialised, check_module, describe, quoted
 from .penalties import Penalty
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def _penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
     return penalties
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped: it has the weight, and the geometry that goes with it."""
+    return module._modules.get("_orig_mod") or module
+
+
 def _label(module: nn.Module, tensor_name: str, qualified_name: str = "") -> str:
     owner = f"{qualified_name!r} ({type(module).__name__})" if qualified_name else type(module).__name__
     return f"tensor {tensor_name!r} of {owner}"
@@ -44,13 +50,13 @@ def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "")
     label = _label(module, tensor_name, qualified_name)
     tensor = getattr(module, tensor_name, None)
     if not isinstance(tensor, Tensor):
-        raise ValueError(
-            f"{label} is {describe(tensor)}; a penalty needs a parameter or a parametrized tensor of at least two axes."
-        )
+        there = quoted([name for name, _ in module.named_parameters(recurse=False)]) or "no parameters of its own"
+        what = "does not exist" if tensor is None else f"is {describe(tensor)}, not a tensor"
+        raise ValueError(f"{label} {what}: it has {there}.")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{label} is not initialised yet: run one batch through the module first.")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{label} is of dtype {tensor.dtype}; a penalty needs a real floating dtype.")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{label} is of {tensor.dtype}; a penalty needs float64, float32, bfloat16 or float16.")
     if tensor.dim() < 2:  # noqa: PLR2004 - the two channel axes
         raise ValueError(
             f"{label} has shape {tuple(tensor.shape)}; a penalty acts along an output and an input channel axis "
@@ -90,8 +96,9 @@ def register_penalty(module: nn.Module, tensor_name: str, penalty: Penalty) -> n
     _check_penalty(penalty)
     if not isinstance(tensor_name, str):
         raise TypeError(f"tensor_name must be a string, got {describe(tensor_name)}.")
-    _check_target(module, tensor_name)
-    _register(module, tensor_name, penalty)
+    owner = _unwrapped(module)
+    _check_target(owner, tensor_name)
+    _register(owner, tensor_name, penalty)
     return module
 
 
@@ -135,7 +142,7 @@ def is_penalized(module: nn.Module, tensor_name: str | None = None) -> bool:
     check_module(module, "module")
     if tensor_name is None:
         return any(_penalties_of(inner) for inner in module.modules())
-    return tensor_name in _penalties_of(module)
+    return tensor_name in _penalties_of(_unwrapped(module))
 
 
 def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Module:
@@ -166,6 +173,7 @@ def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Mo
         for inner in module.modules():
             inner.__dict__.pop(_ATTRIBUTE, None)
         return module
+    module, given = _unwrapped(module), module
     registered = _penalties_of(module)
     if tensor_name not in registered:
         there = ", ".join(repr(name) for name in registered) or "none"
@@ -175,7 +183,7 @@ def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Mo
         module.__dict__[_ATTRIBUTE] = remaining
     else:
         del module.__dict__[_ATTRIBUTE]
-    return module
+    return given
 
 
 def smooth_(
@@ -234,7 +242,7 @@ def penalty_loss(model: nn.Module) -> Tensor:
     """Add up strength × penalty over everything registered in a model.
 
     Add it to the loss of each step. A weight that is shared between layers counts once for each different penalty.
-    The row of an Embedding's ``padding_idx``, which is never trained, is left out.
+    The row of an Embedding's ``padding_idx``, which is never trained, is left out (unless another layer shares it).
 
     Args:
         model: a module; wrapped (DistributedDataParallel, torch.compile) or not.
@@ -260,34 +268,58 @@ def penalty_loss(model: nn.Module) -> Tensor:
     """
     check_module(model)
     total: Tensor | None = None
-    # Maps id to tensor too, so that the id of a freshly computed (parametrized) tensor is not given out again.
-    counted: dict[tuple[int, Penalty], Tensor] = {}
-    for name, module in model.named_modules():
-        for tensor_name, penalties in _penalties_of(module).items():
-            tensor = getattr(module, tensor_name)
-            for penalty in penalties:
-                key = (id(tensor), penalty)
-                if penalty.strength == 0.0 or key in counted:
-                    continue
-                counted[key] = tensor
-                term = penalty.strength * _evaluate(penalty, module, tensor_name, tensor, name)
-                total = term if total is None else total + term.to(total.device)
+    for (_, penalty), uses in _uses(model).items():
+        term = penalty.strength * _evaluate(penalty, uses)
+        total = term if total is None else total + term.to(total.device)
     if total is not None:
         return total
     anywhere = next(model.parameters(), None)
     return torch.zeros((), dtype=torch.float32, device="cpu" if anywhere is None else anywhere.device)
 
 
-def _evaluate(penalty: Penalty, module: nn.Module, tensor_name: str, tensor: Tensor, qualified_name: str) -> Tensor:
-    groups, transposed = 1, False
-    if tensor_name == "weight":
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
-            groups, transposed = module.groups, isinstance(module, _TRANSPOSED)
-        elif isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            row = module.padding_idx
-            tensor = torch.cat([tensor[:row], tensor[row + 1 :]])
+@dataclass(frozen=True)
+class _Use:
+    """One registration: a tensor, as the module that it was registered on sees it."""
+
+    qualified_name: str
+    module: nn.Module
+    tensor_name: str
+    tensor: Tensor
+
+    def geometry(self) -> tuple[int, bool, int | None]:
+        """Return the groups, whether the weight is laid out as transposed, and the row that is never trained."""
+        if self.tensor_name == "weight":
+            if isinstance(self.module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+                return self.module.groups, isinstance(self.module, _TRANSPOSED), None
+            if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
+                return 1, False, self.module.padding_idx % len(self.tensor)
+        return 1, False, None
+
+
+def _uses(model: nn.Module) -> dict[tuple[int, Penalty], list[_Use]]:
+    """Gather what is registered, tied tensors together.
+
+    The uses hold the tensors, so that the id of a freshly computed (parametrized) one is not given out again.
+    """
+    uses: dict[tuple[int, Penalty], list[_Use]] = {}
+    for name, module in model.named_modules():
+        for tensor_name, penalties in _penalties_of(module).items():
+            tensor = getattr(module, tensor_name)
+            for penalty in penalties:
+                if penalty.strength > 0.0:
+                    uses.setdefault((id(tensor), penalty), []).append(_Use(name, module, tensor_name, tensor))
+    return uses
+
+
+def _evaluate(penalty: Penalty, uses: list[_Use]) -> Tensor:
+    first = uses[0]
+    tensor = first.tensor
+    groups, transposed, untrained = first.geometry()
+    # A row that pads an embedding is trained after all where the weight is also, say, the output layer's.
+    if untrained is not None and all(use.geometry()[2] == untrained for use in uses):
+        tensor = torch.cat([tensor[:untrained], tensor[untrained + 1 :]])
     try:
         return penalty(tensor, groups=groups, transposed=transposed)
     except (TypeError, ValueError) as error:
-        label = _label(module, tensor_name, qualified_name)
+        label = _label(first.module, first.tensor_name, first.qualified_name)
         raise type(error)(f"{type(penalty).__name__} on {label}: {error}") from error

@@ -1,0 +1,273 @@
+"""Saving and loading: bit for bit the same outputs, and errors that change nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
+from tests.strategies import fill_, randn, seeds
+from torchsmooth import LowRankLinear, load_compressed_, plan_compression, restore_dense_, svd_compress_
+from torchsmooth._matricise import SCHEMES
+
+IMAGES = randn(2, 3, 16, 16, seed=11, dtype=torch.float32)
+
+
+def through_torch_save(state, _):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_safetensors(state, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(state, tmp_path / "small.safetensors")
+    return load_file(tmp_path / "small.safetensors")
+
+
+@pytest.mark.parametrize("travel", [through_torch_save, through_safetensors])
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.85])
+def test_a_fresh_model_computes_the_same_bit_for_bit(travel, ratio, tmp_path):
+    model = small_resnet(1)
+    svd_compress_(model, ratio)
+    again = load_compressed_(small_resnet(2), travel(model.state_dict(), tmp_path)).eval()
+    assert torch.equal(again(IMAGES), model(IMAGES))
+    assert [(name, type(one)) for name, one in again.named_modules()] == [
+        (name, type(one)) for name, one in model.named_modules()
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(SCHEMES), st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(1, 2), seeds)
+def test_every_scheme_kernel_and_group_is_recognised_by_its_shapes(scheme, kernel, groups, seed):
+    def build(own_seed):
+        conv = nn.Conv2d(4 * groups, 6 * groups, kernel, stride=(1, 2), padding=1, groups=groups)
+        return fill_(nn.Sequential(conv, nn.Conv2d(6 * groups, 6 * groups, 3)), own_seed)
+
+    model = build(seed)
+    plan = plan_compression(model, 0.3, filter_fn=lambda module, name: name == "1")
+    plan.apply_(model)
+    from torchsmooth import LowRankConv2d
+
+    model[0] = LowRankConv2d.from_conv2d(model[0], 2, scheme)
+    again = load_compressed_(build(seed + 1), model.state_dict())
+    assert again[0].scheme == model[0].scheme
+    inputs = randn(2, 4 * groups, 7, 9, seed=seed, dtype=torch.float32)
+    assert torch.equal(again(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("build", [Tied, Shared])
+def test_tied_and_shared_layers_load(build):
+    model = fill_(build(), 0)
+    svd_compress_(model, 0.1)
+    again = load_compressed_(fill_(build(), 1), model.state_dict())
+    inputs = torch.tensor([[1, 2]]) if build is Tied else randn(2, 16, seed=0, dtype=torch.float32)
+    assert torch.equal(again(inputs), model(inputs))
+    assert len(list(again.parameters())) == len(list(model.parameters()))
+
+
+def test_the_dtype_of_the_model_is_kept():
+    model = mlp(1)
+    svd_compress_(model, 0.5)
+    again = load_compressed_(mlp(2).to(torch.float64), model.state_dict())
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float64}
+    assert torch.equal(again[0].up.weight, model[0].up.weight.double())
+
+
+def test_flags_modes_and_hooks_of_the_model_are_kept():
+    model = mlp(1)
+    svd_compress_(model, 0.5)
+    fresh = mlp(2).eval().requires_grad_(False)
+    calls = []
+    fresh[0].register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
+    load_compressed_(fresh, model.state_dict())
+    fresh(torch.zeros(1, 24))
+    assert calls == [LowRankLinear]
+    assert not any(parameter.requires_grad for parameter in fresh.parameters())
+    assert not any(module.training for module in fresh.modules())
+
+
+def test_dense_and_already_compressed_models_load_too():
+    model = small_resnet(1)
+    dense = load_compressed_(small_resnet(2), model.state_dict())
+    assert torch.equal(dense(IMAGES), model(IMAGES))
+    svd_compress_(model, 0.5)
+    other = load_compressed_(small_resnet(3), model.state_dict())
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    load_compressed_(other, model.state_dict())
+    assert torch.equal(other(IMAGES), model(IMAGES))
+
+
+def test_names_that_only_look_like_factors_are_ordinary_modules():
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.ModuleDict({"down": nn.Linear(32, 32), "up": nn.Linear(32, 32)})
+
+        def forward(self, x):
+            return self.block["up"](self.block["down"](x))
+
+    model = fill_(UNet(), 0)
+    inputs = randn(2, 32, seed=0, dtype=torch.float32)
+    for change in (lambda: None, lambda: svd_compress_(model, 0.5)):
+        change()
+        again = load_compressed_(fill_(UNet(), 1), model.state_dict())
+        assert torch.equal(again(inputs), model(inputs))
+
+
+def test_a_restored_model_loads_into_a_plain_one():
+    model = small_resnet(1)
+    svd_compress_(model, 0.6)
+    restore_dense_(model)
+    plain = small_resnet(2)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(IMAGES), model(IMAGES))
+
+
+def test_neither_the_state_dict_nor_the_random_state_is_touched():
+    model = mlp(1)
+    svd_compress_(model, 0.5)
+    state = model.state_dict()
+    fresh = mlp(2)
+    before, random_state = copy.deepcopy(state), torch.get_rng_state()
+    again = load_compressed_(fresh, state)
+    again[0].up.weight.data.zero_()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[key], before[key]) for key in state)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def compressed_state(**changes):
+    model = mlp(1)
+    svd_compress_(model, 0.5)
+    state = dict(model.state_dict())
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    return state
+
+
+BAD_STATES = {
+    "down_missing": (
+        lambda: compressed_state(**{"0__down__weight": None}),
+        ValueError,
+        "holds '0.up.weight' but not '0.down.weight': half of layer '0' is missing",
+    ),
+    "both": (
+        lambda: compressed_state(**{"0__weight": torch.zeros(32, 24)}),
+        ValueError,
+        r"holds layer '0' twice, dense \('0.weight'\) and low-rank \('0.down.weight'\)",
+    ),
+    "wrong_rank": (
+        lambda: compressed_state(**{"0__down__weight": torch.zeros(3, 24)}),
+        ValueError,
+        r"'0.down.weight' of shape \(3, 24\) and '0.up.weight' of shape .* no factors of the weight of layer '0'",
+    ),
+    "too_large_rank": (
+        lambda: compressed_state(**{"0__down__weight": torch.zeros(25, 24), "0__up__weight": torch.zeros(32, 25)}),
+        ValueError,
+        "no factors of the weight of layer '0'",
+    ),
+    "scalar_factors": (
+        lambda: compressed_state(**{"0__down__weight": torch.zeros(()), "0__up__weight": torch.zeros(())}),
+        ValueError,
+        "no factors of the weight of layer '0'",
+    ),
+    "missing_bias": (lambda: compressed_state(**{"0__up__bias": None}), ValueError, 'Missing key.*"0.up.bias"'),
+    "missing_layer": (
+        lambda: (
+            compressed_state(**{"4__down__weight": None, "4__up__weight": None, "4__up__bias": None})
+            if isinstance(_compressed()[4], LowRankLinear)
+            else compressed_state(**{"4__weight": None})
+        ),
+        ValueError,
+        'Missing key.*"4.weight"',
+    ),
+    "wrong_bias": (
+        lambda: compressed_state(**{"0__up__bias": torch.zeros(5)}),
+        ValueError,
+        "size mismatch for 0.up.bias",
+    ),
+    "unexpected": (lambda: compressed_state(extra=torch.zeros(3)), ValueError, 'Unexpected key.*"extra"'),
+    "empty": (dict, ValueError, 'Missing key.*"0.weight"'),
+    "other_model": (lambda: small_resnet().state_dict(), ValueError, 'Unexpected key.*"conv1.weight"'),
+    "wrapped": (
+        lambda: {f"module.{key}": value for key, value in compressed_state().items()},
+        ValueError,
+        r"\(its keys start with 'module.', the prefix of a wrapper: strip it, or save model.module.state_dict\(\)\)",
+    ),
+    "checkpoint": (
+        lambda: {"state_dict": compressed_state(), "epoch": torch.tensor(3)},
+        TypeError,
+        r"'state_dict' is a dict \(a whole checkpoint\? pass that entry of it\)",
+    ),
+    "not_tensors": (lambda: {"0.weight": [1.0]}, TypeError, "must hold tensors, but '0.weight' is a list"),
+    "not_a_mapping": (lambda: [torch.zeros(3)], TypeError, "must be a mapping from names to tensors"),
+    "path": (lambda: "small.pt", TypeError, "must be a mapping from names to tensors, got str 'small.pt'"),
+    "keys": (lambda: {3: torch.zeros(3)}, TypeError, "must have strings for keys, got int 3"),
+}
+
+
+def _compressed():
+    model = mlp(1)
+    svd_compress_(model, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_a_state_dict_that_does_not_fit_names_its_keys_and_changes_nothing(case):
+    make, error, message = BAD_STATES[case]
+    state = make()
+    model = mlp(2)
+    model[0].register_forward_hook(lambda module, inputs, output: None)
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        load_compressed_(model, state)
+    assert same(before, snapshot(model))
+
+
+def test_batchnorm_statistics_survive_a_failed_load():
+    model = small_resnet(1)
+    svd_compress_(model, 0.5)
+    state = dict(model.state_dict())
+    state["layers.7.bn2.running_mean"] = torch.zeros(3)
+    fresh = small_resnet(2)
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match=r"size mismatch for layers.7.bn2.running_mean"):
+        load_compressed_(fresh, state)
+    assert same(before, snapshot(fresh))
+
+
+def test_a_model_in_a_wrapper_is_recognised():
+    with pytest.raises(
+        ValueError, match=r"\(the model's start with 'module.', the prefix of a wrapper: load into model.mod"
+    ):
+        load_compressed_(nn.DataParallel(mlp(2)), compressed_state())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Linear(24, 32), ValueError, "itself a Linear, .* LowRankLinear.like and call its load_state_dict"),
+        (lambda: nn.Sequential(nn.LazyLinear(8)), ValueError, "'0.weight' is not initialised yet"),
+        (lambda: mlp().to("meta"), ValueError, "parameters on the meta device .*to_empty"),
+        (lambda: "mlp", TypeError, "model must be a torch.nn.Module, got str 'mlp'"),
+    ],
+)
+def test_models_that_cannot_be_loaded_into_are_named(make, error, message):
+    state = {"down.weight": torch.zeros(2, 24), "up.weight": torch.zeros(32, 2)}
+    with pytest.raises(error, match=message):
+        load_compressed_(make(), state)

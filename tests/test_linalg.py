@@ -1,0 +1,139 @@
+"""Truncated factors and spectra: Eckart–Young, exactness, determinism, on matrices constructed to be hard."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import HARD_KINDS, hard_matrices, hard_matrix, randn, seeds
+from torchsmooth._linalg import singular_values, tail_energies, truncated_factors
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Relative to the norm of the whole matrix. Everything is computed in float64.
+TOLERANCE = 1e-7
+
+
+def norm(matrix):
+    return float(torch.linalg.vector_norm(matrix))
+
+
+@given(hard_matrices(dtype=torch.float32))
+def test_singular_values_agree_with_an_svd_in_float64(matrix):
+    expected = torch.linalg.svdvals(matrix.double())
+    values = singular_values(matrix)
+    assert values.dtype == torch.float64
+    assert torch.allclose(values, expected, rtol=1e-6, atol=TOLERANCE * norm(matrix.double()))
+    assert bool((values[1:] <= values[:-1]).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_the_error_of_a_truncation_is_the_tail_energy(dtype, data):
+    matrix = data.draw(hard_matrices(dtype=dtype)).unsqueeze(0)
+    rank = data.draw(st.integers(1, min(matrix.shape[1:])))
+    up, down = truncated_factors(matrix, rank)
+    wide = matrix.double()
+    tails = tail_energies(torch.linalg.svdvals(wide))
+    error = norm(wide - up @ down)
+    assert abs(error**2 - float(tails[rank])) <= TOLERANCE * norm(wide) ** 2
+    assert up.dtype == down.dtype == torch.float64
+
+
+@given(hard_matrices(), st.data())
+def test_no_other_matrix_of_that_rank_is_closer(matrix, data):
+    rank = data.draw(st.integers(1, min(matrix.shape)))
+    up, down = truncated_factors(matrix.unsqueeze(0), rank)
+    best = up[0] @ down[0]
+    seed = data.draw(seeds)
+    # Near the best one, where a rival would be, and far from it.
+    for scale in (1e-3, 1e-1, 1.0):
+        size = scale * norm(best) / max(1.0, norm(up) * norm(down)) ** 0.5
+        rival = (up[0] + size * randn(*up[0].shape, seed=seed)) @ (
+            down[0] + size * randn(*down[0].shape, seed=seed + 1)
+        )
+        assert norm(matrix - best) <= norm(matrix - rival) + TOLERANCE * norm(matrix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_errors_never_grow_with_the_rank_and_vanish_at_full_rank(dtype, data):
+    matrix = data.draw(hard_matrices(dtype=dtype)).unsqueeze(0)
+    wide = matrix.double()
+    errors = []
+    for rank in range(1, min(matrix.shape[1:]) + 1):
+        up, down = truncated_factors(matrix, rank)
+        errors.append(norm(wide - up @ down))
+    slack = 1e-13 * norm(wide)
+    assert all(later <= earlier + slack for earlier, later in pairwise(errors))
+    assert errors[-1] <= 1e-12 * norm(wide)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), seeds)
+def test_a_batch_is_factored_matrix_by_matrix(groups, rows, columns, seed):
+    matrices = randn(groups, rows, columns, seed=seed, dtype=torch.float32)
+    rank = min(rows, columns)
+    up, down = truncated_factors(matrices, rank)
+    for group in range(groups):
+        own_up, own_down = truncated_factors(matrices[group : group + 1], rank)
+        assert torch.allclose(up[group] @ down[group], own_up[0] @ own_down[0], atol=1e-10)
+
+
+@given(hard_matrices(dtype=torch.float32), st.data())
+def test_equal_input_gives_equal_factors_whatever_the_random_state(matrix, data):
+    rank = data.draw(st.integers(1, min(matrix.shape)))
+    first = truncated_factors(matrix.unsqueeze(0), rank)
+    torch.manual_seed(data.draw(seeds))
+    before = torch.get_rng_state()
+    second = truncated_factors(matrix.clone().unsqueeze(0), rank)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(data=st.data())
+def test_signs_are_fixed_by_the_largest_entry_of_the_left_vector(dtype, data):
+    matrix = data.draw(hard_matrices(dtype=dtype))
+    up, _ = truncated_factors(matrix.unsqueeze(0), min(matrix.shape))
+    largest = up[0].gather(0, up[0].abs().argmax(0, keepdim=True))
+    assert bool((largest >= 0).all())
+
+
+@given(hard_matrices(dtype=torch.float32))
+def test_the_factors_share_the_singular_values_evenly(matrix):
+    up, down = truncated_factors(matrix.unsqueeze(0), min(matrix.shape))
+    up_norms, down_norms = up[0].norm(dim=0), down[0].norm(dim=1)
+    assert torch.allclose(up_norms, down_norms, rtol=1e-6, atol=1e-4 * float(up_norms.max()) + 1e-300)
+
+
+@pytest.mark.parametrize("kind", HARD_KINDS)
+def test_tail_energies_sum_the_squares_past_each_rank(kind):
+    values = torch.linalg.svdvals(hard_matrix(kind, 7, 5, seed=3)).unsqueeze(0)
+    tails = tail_energies(values)
+    assert tails.shape == (6,)
+    for rank in range(6):
+        assert float(tails[rank]) == pytest.approx(float(values[0, rank:].square().sum()), rel=1e-12, abs=0)
+    assert float(tails[-1]) == 0.0
+    assert bool((tails[1:] <= tails[:-1]).all())
+
+
+def test_small_tails_survive_beside_large_values():
+    tails = tail_energies(torch.tensor([[1e8, 1e-8]], dtype=torch.float64))
+    assert float(tails[1]) == pytest.approx(1e-16, rel=1e-12, abs=0)
+
+
+def test_tail_energies_of_groups_add_up():
+    tails = tail_energies(torch.tensor([[2.0, 1.0], [3.0, 1.0]], dtype=torch.float64))
+    assert tails.tolist() == [15.0, 2.0, 0.0]
+
+
+def test_large_flat_matrices_take_the_memory_of_their_small_side():
+    # full_matrices=True would ask for 200,000² entries here, 160 GB in float32.
+    matrix = randn(1, 3, 200_000, seed=0, dtype=torch.float32)
+    up, down = truncated_factors(matrix, 2)
+    assert up.shape == (1, 3, 2)
+    assert down.shape == (1, 2, 200_000)

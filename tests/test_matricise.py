@@ -1,0 +1,111 @@
+"""Matricisations: each scheme against loops, the way back, and names that tell shapes apart."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.reference.lowrank import ROW_AXES, group_matrices, weight_from_matrices
+from tests.strategies import randn, seeds
+from torchsmooth._matricise import SCHEMES, channel_view, distinct_schemes, matricise
+
+sizes = st.integers(1, 4)
+
+
+@st.composite
+def shapes(draw):
+    groups = draw(st.integers(1, 3))
+    return (groups * draw(sizes), draw(sizes), draw(sizes), draw(sizes)), groups
+
+
+@given(shapes(), st.sampled_from(SCHEMES), seeds)
+def test_matrices_hold_the_entries_that_the_scheme_says(shape_and_groups, scheme, seed):
+    shape, groups = shape_and_groups
+    weight = randn(*shape, seed=seed)
+    layout = matricise(shape, scheme, groups)
+    expected = torch.stack(group_matrices(weight, scheme, groups))
+    assert torch.equal(layout.to_matrices(weight), expected)
+    assert (layout.groups, layout.rows, layout.columns) == expected.shape
+    assert layout.full_rank == min(expected.shape[1:])
+    assert layout.dense_parameters == weight.numel()
+
+
+@given(shapes(), st.sampled_from(SCHEMES), seeds)
+def test_a_weight_comes_back_from_its_matrices(shape_and_groups, scheme, seed):
+    shape, groups = shape_and_groups
+    weight = randn(*shape, seed=seed)
+    layout = matricise(shape, scheme, groups)
+    assert torch.equal(layout.to_weight(layout.to_matrices(weight)), weight)
+    assert torch.equal(weight_from_matrices(list(layout.to_matrices(weight)), shape, scheme), weight)
+
+
+@given(shapes(), st.sampled_from(SCHEMES), st.integers(1, 5), seeds)
+def test_factors_come_back_from_layer_weights_of_the_announced_shapes(shape_and_groups, scheme, rank, seed):
+    shape, groups = shape_and_groups
+    layout = matricise(shape, scheme, groups)
+    up = randn(groups, layout.rows, rank, seed=seed)
+    down = randn(groups, rank, layout.columns, seed=seed + 1)
+    up_weight, down_weight = layout.to_layer_weights(up, down)
+    assert (tuple(up_weight.shape), tuple(down_weight.shape)) == layout.layer_shapes(rank)
+    assert up_weight.numel() + down_weight.numel() == rank * layout.triple_parameters
+    again = layout.to_factors(up_weight, down_weight)
+    assert torch.equal(again[0], up)
+    assert torch.equal(again[1], down)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_channels_last_and_other_strides_change_nothing(scheme):
+    weight = randn(4, 3, 2, 5, seed=0)
+    layout = matricise(weight.shape, scheme)
+    expected = layout.to_matrices(weight)
+    assert torch.equal(layout.to_matrices(weight.contiguous(memory_format=torch.channels_last)), expected)
+    assert torch.equal(layout.to_matrices(weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)), expected)
+
+
+def test_a_linear_weight_is_its_own_matrix():
+    weight = randn(5, 3, seed=0)
+    layout = matricise(weight.shape, "channel")
+    assert torch.equal(layout.to_matrices(weight)[0], weight)
+    assert layout.layer_shapes(2) == ((5, 2), (2, 3))
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_schemes_share_a_name_just_when_they_are_one_reshaping(height, width):
+    first = distinct_schemes((height, width))
+    weight = torch.arange(6.0 * height * width).reshape(2, 3, height, width)
+    for one, other in itertools.combinations(SCHEMES, 2):
+        matrices = [group_matrices(weight, scheme, 1)[0] for scheme in (one, other)]
+        same = matrices[0].shape == matrices[1].shape and torch.equal(*matrices)
+        assert (first[one] == first[other]) == same
+
+
+@given(shapes(), st.integers(1, 6))
+def test_layer_shapes_tell_the_distinct_schemes_apart(shape_and_groups, rank):
+    shape, groups = shape_and_groups
+    names = set(distinct_schemes(shape[2:]).values())
+    assert len({matricise(shape, scheme, groups).layer_shapes(rank) for scheme in names}) == len(names)
+
+
+def test_every_scheme_has_a_reference():
+    assert set(ROW_AXES) == set(SCHEMES)
+
+
+def test_channel_view_of_a_transposed_weight_swaps_the_channel_axes():
+    weight = randn(6, 2, 3, seed=0)  # 3 groups: 2 input and 2 output channels each
+    view = channel_view(weight, 3, transposed=True)
+    assert view.shape == (3, 2, 2, 3)
+    assert torch.equal(view[1, 0, 1], weight[3, 0])
+
+
+def test_a_spatial_scheme_needs_two_kernel_axes():
+    with pytest.raises(ValueError, match="this weight has 1 kernel axes: use 'channel' or 'input'"):
+        matricise((4, 3, 5), "spatial")
+
+
+def test_an_unknown_scheme_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'channel', 'input', 'spatial', 'spatial_transposed'; got str 'row'"):
+        matricise((4, 3, 5, 5), "row")

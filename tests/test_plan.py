@@ -1,0 +1,406 @@
+"""Plans: the budget, the three ways to choose ranks, editing, and the errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
+from tests.strategies import fill_, seeds
+from torchsmooth import plan_compression
+
+RATIOS = st.floats(0.05, 0.85)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def next_triples(plan):
+    """What one more singular triple would cost in each low-rank layer that could still use it."""
+    costs = []
+    for layer in plan:
+        if layer.rank is not None:
+            triple = layer.parameters_after // layer.rank
+            larger = layer.parameters_after + triple
+            costs.append(
+                triple if larger < layer.parameters_before else layer.parameters_before - layer.parameters_after
+            )
+    return costs
+
+
+@pytest.mark.parametrize("allocation", ["budget", "uniform"])
+@given(RATIOS, seeds, st.sampled_from([mlp, small_resnet]))
+def test_the_budget_is_exact(allocation, ratio, seed, build):
+    model = build(seed)
+    plan = plan_compression(model, ratio, allocation=allocation)
+    allowed = (1 - ratio) * parameters(model)
+    assert plan.parameters_before == parameters(model)
+    assert plan.parameters_after <= allowed
+    assert allowed - plan.parameters_after < max(1, min(next_triples(plan))) + 1
+    assert plan.ratio >= ratio
+
+
+def test_the_budget_is_counted_in_whole_numbers():
+    # In floating point 0.7 · 1000 parameters and the like come out a hair above or below the whole number.
+    model = nn.Sequential(nn.Linear(40, 20, bias=False), nn.Linear(20, 10, bias=False))  # 1000 parameters
+    for percent in range(10, 90):
+        plan = plan_compression(fill_(model, percent), percent / 100)
+        assert plan.parameters_after <= 1000 - 10 * percent
+
+
+@given(seeds)
+def test_planning_touches_neither_the_model_nor_the_random_state(seed):
+    model = mlp(seed)
+    before, state = snapshot(model), torch.get_rng_state()
+    plan_compression(model, 0.5)
+    assert same(before, snapshot(model))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@settings(max_examples=5)
+@given(seeds)
+def test_equal_models_get_equal_plans(seed):
+    plans = [plan_compression(small_resnet(seed), 0.6).to_dict() for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+@settings(max_examples=20)
+@given(seeds, st.floats(0.4, 0.95))
+def test_an_error_bound_holds_in_every_layer_with_the_least_rank(seed, bound):
+    model = small_resnet(seed)
+    plan = plan_compression(model, max_error=bound, scheme="channel")
+    for layer in plan:
+        matrix = model.get_submodule(layer.name).weight.detach().double().flatten(1)
+        values = torch.linalg.svdvals(matrix)
+        if layer.rank is not None:
+            assert layer.relative_error <= bound
+            shorter = float(values[layer.rank - 1 :].square().sum() / values.square().sum()) ** 0.5
+            assert layer.rank == 1 or shorter > bound - 1e-6
+        else:
+            rank = (math.prod(matrix.shape) - 1) // sum(matrix.shape)
+            assert rank < 1 or float(values[rank:].square().sum() / values.square().sum()) ** 0.5 > bound - 1e-6
+
+
+def test_relative_errors_are_those_of_the_truncation():
+    model = mlp(3)
+    for layer in plan_compression(model, 0.6):
+        values = torch.linalg.svdvals(model.get_submodule(layer.name).weight.detach().double())
+        expected = (
+            0.0 if layer.rank is None else float(values[layer.rank :].square().sum() / values.square().sum()) ** 0.5
+        )
+        assert layer.relative_error == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_scheme_can_be_asked_for():
+    model = small_resnet()
+    for scheme, allowed in (
+        ("channel", {"channel"}),
+        ("input", {"input", "channel"}),  # 1×1 convolutions and linear layers have one scheme only
+        ("spatial", {"spatial", "spatial_transposed", "channel"}),
+    ):
+        plan = plan_compression(model, 0.6, scheme=scheme)
+        chosen = {layer.scheme for layer in plan if layer.scheme}
+        assert chosen <= allowed
+        assert scheme in chosen
+        assert {layer.scheme for layer in plan if layer.scheme and layer.shape[2:] != (3, 3)} <= {"channel"}
+
+
+def test_the_best_scheme_is_no_worse_than_each_alone():
+    model = small_resnet(4)
+
+    def error(scheme):
+        return sum(layer.relative_error**2 for layer in plan_compression(model, 0.7, scheme=scheme))
+
+    assert error("auto") <= min(error(scheme) for scheme in ("channel", "input", "spatial")) + 1e-3
+
+
+def test_the_global_budget_beats_uniform_ranks_in_total_error():
+    model = small_resnet(5)
+    errors = [
+        sum(layer.relative_error**2 for layer in plan_compression(model, 0.7, allocation=allocation))
+        for allocation in ("budget", "uniform")
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_filter_fn_sees_module_and_name_and_leaves_layers_dense():
+    model = small_resnet()
+    seen = {}
+
+    def keep(module, name):
+        seen[name] = module
+        return name != "fc" and not name.startswith("conv1")
+
+    plan = plan_compression(model, 0.5, filter_fn=keep)
+    assert seen == {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
+    assert plan["fc"].reason == plan["conv1"].reason == "left out by filter_fn"
+    assert plan["fc"].rank is None
+
+
+def test_first_and_last_layers_are_ordinary_layers():
+    model = mlp(0, (64, 64, 64, 64))
+    assert all(layer.rank is not None for layer in plan_compression(model, 0.6))
+
+
+def test_every_layer_is_listed_and_dense_ones_have_a_reason():
+    model = nn.Sequential(
+        nn.Conv1d(8, 8, 3),
+        nn.ConvTranspose2d(8, 8, 3),
+        nn.Embedding(10, 8),
+        nn.LSTM(8, 8),
+        nn.MultiheadAttention(8, 2),
+        nn.Linear(64, 64),
+        nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+        prune.identity(nn.Linear(8, 8), "weight"),
+        nn.Conv2d(1, 1, 1),
+        nn.Linear(16, 16, dtype=torch.complex64),
+        nn.BatchNorm2d(8),
+    )
+    plan = plan_compression(model, 0.3)
+    reasons = {layer.name: layer.reason for layer in plan}
+    assert reasons == {
+        "0": "Conv1d is not supported",
+        "1": "ConvTranspose2d is not supported",
+        "2": "Embedding is not supported",
+        "3": "LSTM is not supported",
+        "4": "MultiheadAttention is not supported",
+        "4.out_proj": "NonDynamicallyQuantizableLinear is not supported",
+        "5": "",
+        "6": "parametrized (call remove_parametrizations first)",
+        "7": "weight is not a plain parameter (pruned or weight-normed; remove that first)",
+        "8": "no rank makes it smaller",
+        "9": "weight is of torch.complex64",
+    }
+
+
+def test_tied_weights_stay_dense_with_the_partner_named():
+    plan = plan_compression(Tied(), 0.1)
+    assert plan["head"].reason == "weight is shared with embedding.weight"
+    assert plan["body.0"].reason == "weight is shared with body.1.weight"
+    assert plan["body.1"].reason == "weight is shared with body.0.weight"
+    assert plan["body.2"].rank is not None
+
+
+def test_weights_tied_by_their_memory_stay_dense_too():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(64, 64))
+    model[1].weight.data = model[0].weight.data
+    plan = plan_compression(model, 0.3)
+    assert plan["0"].reason == "weight is shared with 1.weight"
+    assert plan["2"].rank is not None
+
+
+def test_weights_in_one_flat_buffer_are_not_taken_for_tied():
+    model = mlp()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    assert any(layer.rank is not None for layer in plan_compression(model, 0.5))
+
+
+def test_modules_that_a_parent_also_keeps_in_a_list_stay_dense():
+    # A replacement in the tree would not reach the list, and forward would go on with the dense layer.
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+            self.order = [self.first]
+            self.lookup = {"second": self.second}
+
+    plan = plan_compression(nn.Sequential(Listed()), 0.3)
+    assert plan["0.first"].reason == "also held by the plain attribute 0.order"
+    assert plan["0.second"].reason == "also held by the plain attribute 0.lookup"
+    assert plan["0.third"].rank is not None
+
+
+def test_a_shared_module_is_one_layer():
+    plan = plan_compression(Shared(), 0.3)
+    assert [layer.name for layer in plan] == ["first", "body.1"]
+    assert plan.parameters_before == 2 * (16 * 16 + 16)
+
+
+def test_a_zero_weight_costs_rank_one():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    nn.init.zeros_(model[0].weight)
+    plan = plan_compression(model, 0.3)
+    assert plan["0"].rank == 1
+    assert plan["0"].relative_error == 0.0
+
+
+@given(seeds, st.floats(0.1, 0.6))
+def test_plans_print_and_serialise(seed, ratio):
+    plan = plan_compression(mlp(seed), ratio)
+    text = str(plan)
+    for layer in plan:
+        assert layer.name in text
+    assert f"{plan.parameters_before:,} → {plan.parameters_after:,} parameters" in text
+    assert json.loads(json.dumps(plan.to_dict()))["parameters_after"] == plan.parameters_after
+
+
+def test_ranks_and_schemes_can_be_edited():
+    model = small_resnet()
+    plan = plan_compression(model, 0.5)
+    name = "layers.7.conv2"
+    plan[name].rank = 5
+    plan[name].scheme = "input"
+    plan["fc"].keep_dense()
+    plan["layers.0.conv1"].rank = 2
+    report = plan.apply_(model)
+    assert (report[name].rank, report[name].scheme) == (5, "input")
+    assert report["fc"].reason == "kept dense by the user"
+    assert report["layers.0.conv1"].rank == 2
+    assert report.parameters_after == plan.parameters_after == parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (lambda plan: setattr(plan["0"], "rank", 0), ValueError, "rank of layer '0' must lie between 1 and 24"),
+        (lambda plan: setattr(plan["0"], "rank", 25), ValueError, "rank of layer '0' must lie between 1 and 24"),
+        (lambda plan: setattr(plan["0"], "rank", 2.5), TypeError, "rank of layer '0' must be an integer, got float"),
+        (
+            lambda plan: setattr(plan["0"], "scheme", "input"),
+            ValueError,
+            "scheme of layer '0' must be one of 'channel'",
+        ),
+        (lambda plan: plan["nope"], KeyError, "no layer 'nope' in this plan; it has '0', '2', '4'"),
+    ],
+)
+def test_bad_edits_are_refused(edit, error, message):
+    plan = plan_compression(mlp(), 0.5)
+    with pytest.raises(error, match=message):
+        edit(plan)
+
+
+def test_a_layer_that_cannot_be_compressed_takes_no_rank():
+    plan = plan_compression(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(8, 8, 3)), 0.3)
+    with pytest.raises(ValueError, match="layer '1' cannot be compressed: Conv1d is not supported"):
+        plan["1"].rank = 1
+
+
+def test_a_plan_holds_for_a_copy_of_the_model():
+    model = mlp(1)
+    other = mlp(2)
+    plan = plan_compression(model, 0.5)
+    report = plan.apply_(other)
+    assert [layer.rank for layer in report.layers] == [layer.rank for layer in plan]
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan, model: setattr(plan["0"], "rank", 24), "layer '0' would not get smaller at rank 24"),
+        (lambda plan, model: model.__setitem__(0, nn.Linear(24, 31)), r"planned as Linear of shape \(32, 24\), but"),
+        (lambda plan, model: model.__setitem__(0, nn.Identity()), "has a layer '0', the model does not"),
+        (lambda plan, model: model.__setitem__(0, nn.Bilinear(4, 5, 6)), "'0' .* cannot be: Bilinear is not supported"),
+        (lambda plan, model: model[0].weight.data.fill_(torch.nan), "layer '0' holds 768 NaN or infinite values"),
+        (lambda plan, model: [layer.keep_dense() for layer in plan], "nothing to compress"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(change, message):
+    model = mlp()
+    plan = plan_compression(model, 0.5)
+    change(plan, model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        plan.apply_(model)
+    assert same(before, snapshot(model))
+
+
+def nan_model():
+    model = mlp()
+    model[2].weight.data[0, 0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "error", "message"),
+    [
+        (mlp, {"ratio": 0}, ValueError, "ratio must lie strictly between 0 and 1 .the fraction of the model's"),
+        (mlp, {"ratio": 1.0}, ValueError, "ratio must lie strictly between 0 and 1"),
+        (mlp, {"ratio": -0.5}, ValueError, "ratio must lie strictly between 0 and 1"),
+        (mlp, {"ratio": 70}, ValueError, "ratio must lie strictly between 0 and 1"),
+        (mlp, {"ratio": float("nan")}, ValueError, "ratio must be finite, got nan"),
+        (mlp, {"ratio": "0.5"}, TypeError, "ratio must be a real number, got str '0.5'"),
+        (mlp, {"ratio": True}, TypeError, "ratio must be a real number, got bool True"),
+        (mlp, {}, ValueError, "give either ratio .* or max_error"),
+        (mlp, {"ratio": 0.5, "max_error": 0.1}, ValueError, "give either ratio .* or max_error"),
+        (mlp, {"max_error": 1.5}, ValueError, "max_error must lie strictly between 0 and 1"),
+        (mlp, {"max_error": 1e-6}, ValueError, "within max_error=1e-06. The layer that comes closest is '"),
+        (
+            mlp,
+            {"ratio": 0.5, "scheme": "row"},
+            ValueError,
+            "scheme must be one of 'auto', 'channel', 'input', 'spatial'",
+        ),
+        (mlp, {"ratio": 0.5, "allocation": "even"}, ValueError, "allocation must be one of 'budget', 'uniform'"),
+        (mlp, {"ratio": 0.5, "filter_fn": ["0"]}, TypeError, "filter_fn must be a function of .module, qualified_name"),
+        (lambda: "model", {"ratio": 0.5}, TypeError, "model must be a torch.nn.Module, got str 'model'"),
+        (nan_model, {"ratio": 0.5}, ValueError, "weight of layer '2' holds 1 NaN or infinite values out of 512"),
+        (lambda: nn.Linear(8, 8), {"ratio": 0.5}, ValueError, r"use LowRankLinear.from_linear\(layer, rank\), or wrap"),
+        (lambda: nn.Conv2d(8, 8, 3), {"ratio": 0.5}, ValueError, r"use LowRankConv2d.from_conv2d\(layer, rank\)"),
+        (
+            lambda: nn.Sequential(nn.ReLU()),
+            {"ratio": 0.5},
+            ValueError,
+            "nothing to compress in this Sequential: it has no",
+        ),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), {"ratio": 0.5}, ValueError, "'0': no rank makes it smaller"),
+        (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"ratio": 0.5}, ValueError, "'0': Conv1d is not supported"),
+        (lambda: nn.Sequential(nn.LazyLinear(8)), {"ratio": 0.5}, ValueError, "'0.weight' is not initialised yet"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8, device="meta")),
+            {"ratio": 0.5},
+            ValueError,
+            "'0' is on the meta device",
+        ),
+    ],
+)
+def test_bad_input_is_named_with_the_way_out(make, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        plan_compression(make(), **kwargs)
+
+
+@pytest.mark.parametrize("build", [mlp, small_resnet, Tied])
+def test_an_unreachable_ratio_names_the_largest_that_can_be_reached(build):
+    model = build()
+    with pytest.raises(ValueError, match=r"ratio 0.999 cannot be reached") as caught:
+        plan_compression(model, 0.999)
+    largest = float(str(caught.value).rsplit(" ", 1)[1].rstrip("."))
+    assert plan_compression(model, largest).ratio >= largest
+    with pytest.raises(ValueError, match="cannot be reached"):
+        plan_compression(model, largest + 1e-4)
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_numbers_of_numpy_and_fractions_are_numbers(seed):
+    import fractions
+
+    import numpy as np
+
+    model = mlp(seed)
+    plans = [plan_compression(model, ratio).to_dict() for ratio in (0.5, np.float32(0.5), fractions.Fraction(1, 2))]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_a_compressed_model_is_planned_around_its_low_rank_layers():
+    model = mlp(0, (64, 64, 64))
+    plan_compression(model, 0.3, filter_fn=lambda module, name: name == "0").apply_(model)
+    rank = model[0].rank
+    again = plan_compression(copy.deepcopy(model), 0.2)
+    assert [layer.name for layer in again] == ["0", "2"]
+    assert again["0"].reason == f"already low-rank ({rank})"
+    assert again["0"].parameters_before == model[0].down.weight.numel() + model[0].up.weight.numel()
+    assert again["2"].rank is not None

@@ -1,0 +1,179 @@
+"""What others build on: public names, signatures, state-dict keys, the two halves apart, and the built wheel."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import torchsmooth
+from torchsmooth import functional, penalties
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "torchsmooth"
+
+SIGNATURES = {
+    "is_penalized": "(module, tensor_name=None)",
+    "load_compressed_": "(model, state_dict)",
+    "penalty_loss": "(model)",
+    "plan_compression": "(model, ratio=None, *, max_error=None, scheme='auto', allocation='budget', filter_fn=None)",
+    "register_penalty": "(module, tensor_name, penalty)",
+    "remove_penalties": "(module, tensor_name=None)",
+    "restore_dense_": "(model)",
+    "smooth_": "(model, penalty, filter_fn=None)",
+    "svd_compress_": "(model, ratio=None, *, max_error=None, scheme='auto', allocation='budget', filter_fn=None)",
+    "NuclearNorm": "(strength=0.001, scheme='channel')",
+    "FirstDerivative": "(strength=0.0003)",
+    "SecondDerivative": "(strength=0.0001)",
+    "LowRankLinear": "(in_features, out_features, rank, bias=True, device=None, dtype=None)",
+    "LowRankConv2d": (
+        "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, dilation=1, "
+        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None)"
+    ),
+    "CompressionPlan": "(layers, parameters_before, asked)",
+    "CompressionReport": "(layers, parameters_before, parameters_after, asked)",
+}
+
+
+def bare(signature):
+    """A signature without annotations."""
+    parameters = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
+    return str(inspect.Signature(parameters))
+
+
+def test_the_public_names_are_these():
+    assert set(torchsmooth.__all__) == SIGNATURES.keys() | {"functional"}
+    assert all(hasattr(torchsmooth, name) for name in torchsmooth.__all__)
+    assert functional.__all__ == ["first_derivative", "nuclear_norm", "second_derivative"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", torchsmooth.__version__)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_api(name):
+    assert bare(inspect.signature(getattr(torchsmooth, name))) == SIGNATURES[name]
+
+
+def public_objects():
+    public = [(name, getattr(torchsmooth, name)) for name in sorted(SIGNATURES)]
+    return public + [(f"functional.{name}", getattr(functional, name)) for name in functional.__all__]
+
+
+@pytest.mark.parametrize(("name", "thing"), public_objects())
+def test_every_public_name_documents_arguments_and_has_an_example(name, thing):
+    text = inspect.getdoc(thing)
+    assert ">>>" in text, f"{name} has no doctest"
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^\s+{parameter}: ", text, re.MULTILINE), f"{name} does not document {parameter}"
+    if inspect.isfunction(thing):
+        assert "Returns:" in text
+        assert "Raises:" in text
+
+
+def test_state_dict_keys_are_api():
+    linear = torchsmooth.LowRankLinear.from_linear(nn.Linear(4, 3), 2)
+    conv = torchsmooth.LowRankConv2d.from_conv2d(nn.Conv2d(4, 3, 3, bias=False), 2)
+    assert list(linear.state_dict()) == ["down.weight", "up.weight", "up.bias"]
+    assert list(conv.state_dict()) == ["down.weight", "up.weight"]
+
+
+def imports():
+    """Which module of the package imports which."""
+    graph = {}
+    for path in SOURCE.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+        names = {node.module for node in froms if node.module}
+        names |= {alias.name for node in froms if not node.module for alias in node.names}
+        graph[path.stem] = names
+    return graph
+
+
+def reachable(graph, start):
+    found, todo = set(), [start]
+    while todo:
+        for name in graph[todo.pop()] - found:
+            found.add(name)
+            todo.append(name)
+    return found
+
+
+def test_imports_are_acyclic_and_need_only_torch():
+    graph = imports()
+    assert all(name not in reachable(graph, name) for name in graph)
+    for path in SOURCE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= {"torch"} | sys.stdlib_module_names
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] in {"torch"} | sys.stdlib_module_names
+
+
+def test_the_two_halves_share_only_the_algebra_and_the_checks():
+    graph = imports()
+    penalty_half = {"functional", "penalties", "registry"}
+    compression_half = {
+        "lowrank",
+        "_layers",
+        "_swap",
+        "_budget",
+        "layer_plan",
+        "plan",
+        "report",
+        "compress",
+        "checkpoint",
+    }
+    shared = {"_linalg", "_matricise", "_checks"}
+    for name in penalty_half:
+        assert reachable(graph, name) <= penalty_half | shared
+    for name in compression_half:
+        assert reachable(graph, name) <= compression_half | shared | {"_table"}
+
+
+def test_penalties_are_frozen_and_hold_no_tensor():
+    penalty = torchsmooth.NuclearNorm(1e-3)
+    assert not any(isinstance(value, torch.Tensor) for value in vars(penalty).values())
+    assert isinstance(penalty, penalties.Penalty)
+
+
+def test_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    script = "\n".join(blocks)
+    compile(script, "README.md", "exec")
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=ROOT / "tests", check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_built_wheel_imports_and_compresses(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "torchsmooth/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert all(name.startswith(("torchsmooth/", "torchsmooth-")) for name in names)
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    script = f"""
+import sys
+sys.path.insert(0, {str(target)!r})
+import torch, torchsmooth
+assert torchsmooth.__file__.startswith({str(target)!r}), torchsmooth.__file__
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+report = torchsmooth.svd_compress_(model, 0.5)
+assert report.ratio >= 0.5 and torchsmooth.__version__ == "0.1.0"
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr

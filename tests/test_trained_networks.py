@@ -1,0 +1,64 @@
+"""Networks trained on CIFAR-10, compressed without any data; skipped where they are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from testbed.cifar import accuracy, load_images, load_resnet18, normalise
+from torchsmooth import svd_compress_
+
+
+@pytest.fixture(scope="module")
+def test_images(shared_data_folder):
+    pixels, labels = load_images("test", 2000)
+    return normalise(pixels), labels
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "most"),
+    [
+        ("plain", 0.5, 1.5),
+        ("plain", 0.7, 3.5),
+        ("tail_80", 0.8, 1.5),
+        ("nuclear_1e-3", 0.7, 2.0),
+        ("first_derivative_1e-3", 0.7, 2.5),
+    ],
+)
+def test_a_trained_network_keeps_its_accuracy(name, ratio, most, test_images, capsys):
+    model = load_resnet18(name)
+    dense = accuracy(model, *test_images)
+    report = svd_compress_(model, ratio)
+    compressed = accuracy(model, *test_images)
+    with capsys.disabled():
+        print(
+            f"\n  {name}: {dense:.2f} % dense, {compressed:.2f} % with {100 * report.ratio:.1f} % fewer parameters "
+            "(2,000 test images of the JPEG copy of CIFAR-10, no data used)"
+        )
+    assert report.ratio >= ratio
+    assert dense - compressed < most
+
+
+def test_smooth_networks_keep_more_than_plain_ones_at_80_percent(test_images):
+    lost = {}
+    for name in ("plain", "nuclear_1e-3", "tail_80"):
+        model = load_resnet18(name)
+        dense = accuracy(model, *test_images)
+        svd_compress_(model, 0.8)
+        lost[name] = dense - accuracy(model, *test_images)
+    assert lost["plain"] > lost["nuclear_1e-3"] > lost["tail_80"]
+
+
+def test_the_global_budget_keeps_what_uniform_ranks_destroy(test_images):
+    kept = {}
+    for allocation in ("budget", "uniform"):
+        model = load_resnet18("plain")
+        svd_compress_(model, 0.7, allocation=allocation)
+        kept[allocation] = accuracy(model, *test_images)
+    assert kept["budget"] > kept["uniform"] + 10
+
+
+def test_the_trained_networks_are_what_the_tests_take_them_for(shared_data_folder):
+    model = load_resnet18("plain")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 701_466
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
