@@ -288,6 +288,7 @@ def with_values(module, value):
             ValueError,
             "scheme must be one of 'channel'",
         ),
+        (lambda: LowRankConv2d(4, 4, (3, 3, 3), 2), ValueError, r"a number or a pair, got tuple \(3, 3, 3\)"),
         (lambda: LowRankLinear.from_linear(nn.Conv2d(4, 4, 3), 2), TypeError, "use LowRankConv2d.from_conv2d"),
         (lambda: LowRankConv2d.from_conv2d(nn.Linear(4, 4), 2), TypeError, "use LowRankLinear.from_linear"),
         (

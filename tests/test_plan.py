@@ -356,8 +356,8 @@ def nan_model():
             ValueError,
             "nothing to compress in this Sequential: it has no",
         ),
-        (lambda: nn.Sequential(nn.Linear(1, 1)), {"ratio": 0.5}, ValueError, "'0': no rank makes it smaller"),
-        (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"ratio": 0.5}, ValueError, "'0': Conv1d is not supported"),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), {"ratio": 0.5}, ValueError, "0: no rank makes it smaller"),
+        (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"ratio": 0.5}, ValueError, "0: Conv1d is not supported"),
         (lambda: nn.Sequential(nn.LazyLinear(8)), {"ratio": 0.5}, ValueError, "'0.weight' is not initialised yet"),
         (
             lambda: nn.Sequential(nn.Linear(8, 8, device="meta")),
@@ -401,6 +401,6 @@ def test_a_compressed_model_is_planned_around_its_low_rank_layers():
     rank = model[0].rank
     again = plan_compression(copy.deepcopy(model), 0.2)
     assert [layer.name for layer in again] == ["0", "2"]
-    assert again["0"].reason == f"already low-rank ({rank})"
+    assert again["0"].reason == f"already low-rank (rank {rank}); restore_dense_ it to compress it anew"
     assert again["0"].parameters_before == model[0].down.weight.numel() + model[0].up.weight.numel()
     assert again["2"].rank is not None

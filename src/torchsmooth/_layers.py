@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import FLOAT_DTYPES, check_initialised
+from ._lowrank_layer import LowRankLayer
 from ._matricise import SCHEMES, Matricisation, Scheme, distinct_schemes, matricise
-from .lowrank import LowRankConv2d, LowRankLayer, LowRankLinear
+from .lowrank import LowRankConv2d, LowRankLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -183,7 +184,7 @@ def _memory(parameter: Tensor) -> int:
 def _reason(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str:
     """Say why a layer has to stay dense, or return an empty string."""
     if isinstance(module, LowRankLayer):
-        return f"already low-rank ({module.rank})"
+        return f"already low-rank (rank {module.rank}); restore_dense_ it to compress it anew"
     for own_name, parameter in module._parameters.items():
         if parameter is not None and hasattr(parameter, "full_tensor"):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .lowrank import LowRankLayer
+from ._lowrank_layer import LowRankLayer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

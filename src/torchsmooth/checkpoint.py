@@ -13,7 +13,7 @@ from ._layers import KINDS, LayerKind
 from ._swap import swap_, take_over_
 
 if TYPE_CHECKING:
-    from .lowrank import LowRankLayer
+    from ._lowrank_layer import LowRankLayer
 
 __all__ = ["load_compressed_"]
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ._checks import check_module
+from ._lowrank_layer import LowRankLayer
 from ._swap import swap_, take_over_
-from .lowrank import LowRankConv2d, LowRankLayer, LowRankLinear
+from .lowrank import LowRankConv2d, LowRankLinear
 from .plan import Allocation, SchemeOption, plan_compression
 
 if TYPE_CHECKING:

@@ -7,107 +7,22 @@ factors out, for callers that read it (``nn.TransformerEncoderLayer`` in eval mo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch import nn
 
-from ._checks import FLOAT_DTYPES, check_count, check_values, describe
-from ._linalg import truncated_factors, working_copy
-from ._matricise import Matricisation, Scheme, distinct_schemes, matricise
+from ._checks import check_count, check_values, describe
+from ._linalg import truncated_factors
+from ._lowrank_layer import LowRankLayer, check_source, inherit, memory_format_of, merged, uninitialised
+from ._matricise import Scheme, distinct_schemes, matricise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
-__all__ = ["LowRankConv2d", "LowRankLayer", "LowRankLinear", "multiply_out"]
-
-_Layer = TypeVar("_Layer", bound="LowRankLayer")
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-class LowRankLayer(nn.Module):
-    """What all low-rank layers share: two children, and the matrix that their product stands for."""
-
-    down: nn.Module
-    up: nn.Module
-    rank: int
-    matricisation: Matricisation
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """Apply ``down``, then ``up``."""
-        output: Tensor = self.up(self.down(input))
-        return output
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the dense layer: the factors multiplied out, in their dtype. Read-only, never kept."""
-        weight: Tensor = multiply_out(self).to(self._parameter("up").dtype)
-        return weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, which ``up`` owns."""
-        bias: nn.Parameter | None = self.up.bias  # type: ignore[assignment]
-        return bias
-
-    def _parameter(self, child: str) -> Tensor:
-        weight: Tensor = getattr(self, child).weight
-        return weight
-
-    def _set_weights(self, up: Tensor, down: Tensor, memory_format: torch.memory_format) -> None:
-        """Cast the float64 factors once, into the parameters that the children already have."""
-        up_weight, down_weight = self.matricisation.to_layer_weights(up, down)
-        with torch.no_grad():
-            for child, value in (("up", up_weight), ("down", down_weight)):
-                own = self._parameter(child)
-                cast = value.to(own).contiguous(memory_format=memory_format)
-                getattr(self, child).weight = nn.Parameter(cast, requires_grad=own.requires_grad)
-
-
-def multiply_out(layer: LowRankLayer) -> Tensor:
-    """Return the weight that a low-rank layer stands for, in float32 or better."""
-    up, down = layer._parameter("up"), layer._parameter("down")
-    wide = torch.promote_types(up.dtype, torch.float32)
-    with torch.autocast(up.device.type, enabled=False):
-        factors = layer.matricisation.to_factors(up.to(wide), down.to(wide))
-        return layer.matricisation.to_weight(factors[0] @ factors[1])
-
-
-def _check_source(module: nn.Module, expected: type[nn.Module], advice: str) -> nn.Parameter:
-    """Return the weight of a layer that is about to be factored, or say why it cannot be."""
-    name = type(module).__name__
-    if not isinstance(module, expected):
-        raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}. {advice}")
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
-        raise ValueError(
-            f"the weight of this {name} is not a plain parameter (lazy, pruned or parametrized): run a batch, or call "
-            "torch.nn.utils.prune.remove / parametrize.remove_parametrizations first."
-        )
-    if weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"the weight of this {name} is of {weight.dtype}; expected float64, 32, 16 or bfloat16.")
-    return weight
-
-
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)  # noqa: PLR2004
-    # A weight with a 1×1 kernel or one input channel is both: the ordinary strides are the safe reading.
-    return torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
-
-
-def _inherit(layer: _Layer, dense: nn.Module, weight: nn.Parameter) -> _Layer:
-    """Take over mode, ``requires_grad`` and a copy of the bias from the dense layer."""
-    layer.train(dense.training)
-    for child in ("down", "up"):
-        layer._parameter(child).requires_grad_(weight.requires_grad)
-    bias = dense._parameters.get("bias")
-    if bias is not None:
-        copied = bias.detach().clone().to(weight.device)
-        layer.up.register_parameter("bias", nn.Parameter(copied, requires_grad=bias.requires_grad))
-    return layer
+__all__ = ["LowRankConv2d", "LowRankLinear"]
 
 
 class LowRankLinear(LowRankLayer):
@@ -172,7 +87,7 @@ class LowRankLinear(LowRankLayer):
             TypeError: if it is not a Linear, or of another dtype.
             ValueError: if the rank is out of range, or the weight is not a plain, finite parameter.
         """
-        weight = _check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.")
+        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.")
         check_values(weight, type(linear).__name__)
         layer = cls.like(linear, rank)
         layer._set_weights(*truncated_factors(layer.matricisation.to_matrices(weight), rank), torch.contiguous_format)
@@ -193,12 +108,12 @@ class LowRankLinear(LowRankLayer):
             TypeError: if it is not a Linear, or of another dtype.
             ValueError: if the rank is out of range.
         """
-        weight = _check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.like.")
+        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.like.")
         check_count(rank, "rank", min(weight.shape), "the full rank")
-        layer = _uninitialised(
+        layer = uninitialised(
             cls, linear.in_features, linear.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
         )
-        return _inherit(layer, linear, weight)
+        return inherit(layer, linear, weight)
 
     def to_linear(self) -> nn.Linear:
         """Merge the factors into an ``nn.Linear``; this layer is not changed.
@@ -206,7 +121,7 @@ class LowRankLinear(LowRankLayer):
         Returns:
             A layer that computes the same to rounding, with mode, dtype, device and ``requires_grad`` kept.
         """
-        return _merged(self, nn.Linear, self.in_features, self.out_features)
+        return merged(self, nn.Linear, self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
         """Show the sizes, as ``nn.Linear`` does."""
@@ -292,6 +207,8 @@ class LowRankConv2d(LowRankLayer):
             padding_mode=padding_mode,
             device="meta",
         )
+        if len(dense.kernel_size) != 2:  # noqa: PLR2004 - height and width
+            raise ValueError(f"kernel_size must be a number or a pair, got {describe(kernel_size)}.")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.padding_mode = dense.padding, padding_mode
@@ -339,11 +256,11 @@ class LowRankConv2d(LowRankLayer):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if the rank is out of range, the scheme unknown, or the weight not a plain, finite parameter.
         """
-        weight = _check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.")
+        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.")
         check_values(weight, type(conv).__name__)
         layer = cls.like(conv, rank, scheme)
         factors = truncated_factors(layer.matricisation.to_matrices(weight), rank)
-        layer._set_weights(*factors, _memory_format(weight))
+        layer._set_weights(*factors, memory_format_of(weight))
         return layer
 
     @classmethod
@@ -362,14 +279,14 @@ class LowRankConv2d(LowRankLayer):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if the rank is out of range, or the scheme unknown.
         """
-        weight = _check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.like.")
+        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.like.")
         layout = matricise(weight.shape, scheme, conv.groups)
         check_count(rank, "rank", layout.full_rank, f"the full rank of scheme {scheme!r} in each group")
-        layer = _uninitialised(
+        layer = uninitialised(
             cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, scheme=scheme, **_geometry(conv),
             bias=False, device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
-        return _inherit(layer, conv, weight)
+        return inherit(layer, conv, weight)
 
     def to_conv2d(self) -> nn.Conv2d:
         """Merge the factors into an ``nn.Conv2d``; this layer is not changed.
@@ -379,7 +296,7 @@ class LowRankConv2d(LowRankLayer):
             kept.
         """
         sizes = (self.in_channels, self.out_channels, self.kernel_size)
-        return _merged(self, nn.Conv2d, *sizes, **_geometry(self))
+        return merged(self, nn.Conv2d, *sizes, **_geometry(self))
 
     def extra_repr(self) -> str:
         """Show the sizes, as ``nn.Conv2d`` does."""
@@ -393,26 +310,3 @@ class LowRankConv2d(LowRankLayer):
 def _geometry(conv: nn.Conv2d | LowRankConv2d) -> dict[str, Any]:
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names}
-
-
-def _uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
-    """Build a module without drawing random numbers for parameters that are replaced at once."""
-    layer: _Module = skip_init(cls, *args, **kwargs)  # type: ignore[no-untyped-call]
-    return layer
-
-
-def _merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
-    own = layer._parameter("up")
-    dense: Any = _uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
-    bias = layer.bias
-    with torch.no_grad():
-        up, down = (working_copy(factor) for factor in (own, layer._parameter("down")))
-        factors = layer.matricisation.to_factors(up, down)
-        weight = layer.matricisation.to_weight(factors[0] @ factors[1]).to(own)
-        last = any(_memory_format(layer._parameter(child)) is torch.channels_last for child in ("up", "down"))
-        weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        dense.weight = nn.Parameter(weight, requires_grad=own.requires_grad)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    merged: _Module = dense.train(layer.training)
-    return merged

@@ -14,17 +14,17 @@ from ._budget import uniformly, within_budget, within_error
 from ._checks import check_choice, check_module, check_open_unit, check_values, describe, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
 from ._linalg import LinAlgError, singular_values, tail_energies, working_copy
+from ._lowrank_layer import multiply_out
 from ._swap import swap_, take_over_
 from .layer_plan import LayerPlan, Option
-from .lowrank import multiply_out
 from .report import CompressionReport, LayerReport, layer_table, totals_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from ._budget import Frontier
+    from ._lowrank_layer import LowRankLayer
     from ._matricise import Scheme
-    from .lowrank import LowRankLayer
 
 __all__ = ["CompressionPlan", "plan_compression"]
 
@@ -328,7 +328,7 @@ def _check_reachable(ratio: float, total: int, least: int, layers: list[LayerPla
 
 
 def _nothing_to_compress(model: nn.Module, layers: list[LayerPlan]) -> str:
-    reasons = [f"{one.name!r}: {one.reason or 'no rank makes it smaller'}" for one in layers]
+    reasons = [f"{one.name or '(the model)'}: {one.reason or 'no rank makes it smaller'}" for one in layers]
     listed = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")  # noqa: PLR2004
     found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"
     return (

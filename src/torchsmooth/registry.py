@@ -93,9 +93,9 @@ def register_penalty(module: nn.Module, tensor_name: str, penalty: Penalty) -> n
     Source: the interface of ``torch.nn.utils.parametrize.register_parametrization``.
     """
     check_module(module, "module")
-    _check_penalty(penalty)
     if not isinstance(tensor_name, str):
         raise TypeError(f"tensor_name must be a string, got {describe(tensor_name)}.")
+    _check_penalty(penalty)
     owner = _unwrapped(module)
     _check_target(owner, tensor_name)
     _register(owner, tensor_name, penalty)

@@ -48,7 +48,7 @@ def layer_row(layer: Any) -> tuple[str, ...]:
     dense = layer.scheme is None
     before, after = f"{layer.parameters_before:,}", f"{layer.parameters_after:,}"
     return (
-        layer.name,
+        layer.name or "(the model)",
         format_shape(layer.shape),
         layer.scheme or "–",
         "–" if dense else f"{layer.rank} / {layer.full_rank}",
