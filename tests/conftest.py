@@ -17,6 +17,9 @@ settings.register_profile(
 )
 settings.load_profile("torchsmooth")
 
+# Warnings are errors here; those that torch gives only once would fail just the first test that meets them.
+torch.set_warn_always(True)
+
 
 @pytest.fixture(autouse=True)
 def _untouched_random_state():

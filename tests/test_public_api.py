@@ -120,6 +120,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
     graph = imports()
     penalty_half = {"functional", "penalties", "registry"}
     compression_half = {
+        "_lowrank_layer",
         "lowrank",
         "_layers",
         "_swap",
