@@ -55,7 +55,9 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
-        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "values": {
+            name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
+        },
         "flags": [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
         "training": [module.training for module in model.modules()],
         "hooks": [len(module._forward_hooks) for module in model.modules()],

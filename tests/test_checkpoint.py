@@ -263,7 +263,7 @@ def test_a_model_in_a_wrapper_is_recognised():
     [
         (lambda: nn.Linear(24, 32), ValueError, "itself a Linear, .* LowRankLinear.like and call its load_state_dict"),
         (lambda: nn.Sequential(nn.LazyLinear(8)), ValueError, "'0.weight' is not initialised yet"),
-        (lambda: mlp().to("meta"), ValueError, "parameters on the meta device .*to_empty"),
+        (lambda: mlp().to("meta"), ValueError, "tensors on the meta device .*to_empty"),
         (lambda: "mlp", TypeError, "model must be a torch.nn.Module, got str 'mlp'"),
     ],
 )
@@ -271,3 +271,48 @@ def test_models_that_cannot_be_loaded_into_are_named(make, error, message):
     state = {"down.weight": torch.zeros(2, 24), "up.weight": torch.zeros(32, 2)}
     with pytest.raises(error, match=message):
         load_compressed_(make(), state)
+
+
+def test_everything_a_failed_load_has_written_is_put_back():
+    class Awkward(nn.Module):
+        """Has a buffer that cannot be written to, one that loading replaces, and extra state."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.ones(1).expand(5), persistent=False)
+            self.register_buffer("table", torch.zeros(3))
+            self.linear, self.norm, self.last = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.LayerNorm(32)
+            self.note = "before"
+
+        def _load_from_state_dict(self, state, prefix, *arguments):
+            self.table = state[prefix + "table"].clone()
+            super()._load_from_state_dict(state, prefix, *arguments)
+
+        def get_extra_state(self):
+            return self.note
+
+        def set_extra_state(self, note):
+            self.note = note
+
+    model = Awkward()
+    svd_compress_(model, 0.3)
+    model.note = "after"
+    state = dict(model.state_dict()) | {"table": torch.ones(3), "last.bias": torch.ones(7)}
+    state["norm.running_mean"] = torch.ones(32)
+    fresh = Awkward()
+    before, table = snapshot(fresh), fresh.table
+    with pytest.raises(ValueError, match="size mismatch for last.bias"):
+        load_compressed_(fresh, state)
+    assert fresh.table is table
+    assert fresh.note == "before"
+    assert same(before, snapshot(fresh))
+
+
+def test_the_memory_format_of_the_model_is_kept():
+    def build(seed):
+        return fill_(nn.Sequential(nn.Conv2d(16, 32, 3)), seed).to(memory_format=torch.channels_last)
+
+    model = build(0)
+    svd_compress_(model, 0.5)
+    again = load_compressed_(build(1), model.state_dict())
+    assert [one.stride() for one in again.parameters()] == [one.stride() for one in model.parameters()]

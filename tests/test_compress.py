@@ -222,9 +222,11 @@ def test_compression_works_inside_the_contexts_users_have_around_it():
             assert torch.equal(one, other)
 
 
-def test_a_compressed_model_can_be_trained():
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_compressed_model_can_be_trained(mode):
     model = mlp(0)
-    svd_compress_(model, 0.5)
+    with torch.inference_mode(mode):
+        svd_compress_(model, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     inputs, targets = randn(32, 24, seed=1, dtype=torch.float32), randn(32, 8, seed=2, dtype=torch.float32)
     losses = []

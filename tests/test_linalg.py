@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import HARD_KINDS, hard_matrices, hard_matrix, randn, seeds
-from torchsmooth._linalg import singular_values, tail_energies, truncated_factors
+from torchsmooth._linalg import relative_tail_energies, singular_values, truncated_factors
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the norm of the whole matrix. Everything is computed in float64.
@@ -37,9 +37,11 @@ def test_the_error_of_a_truncation_is_the_tail_energy(dtype, data):
     rank = data.draw(st.integers(1, min(matrix.shape[1:])))
     up, down = truncated_factors(matrix, rank)
     wide = matrix.double()
-    tails = tail_energies(torch.linalg.svdvals(wide))
+    tail = float(torch.linalg.svdvals(wide)[0, rank:].square().sum())
     error = norm(wide - up @ down)
-    assert abs(error**2 - float(tails[rank])) <= TOLERANCE * norm(wide) ** 2
+    assert abs(error**2 - tail) <= TOLERANCE * norm(wide) ** 2
+    relative = float(relative_tail_energies(singular_values(matrix))[rank])
+    assert abs(error**2 - relative * norm(wide) ** 2) <= TOLERANCE * norm(wide) ** 2
     assert up.dtype == down.dtype == torch.float64
 
 
@@ -111,24 +113,31 @@ def test_the_factors_share_the_singular_values_evenly(matrix):
 
 
 @pytest.mark.parametrize("kind", HARD_KINDS)
-def test_tail_energies_sum_the_squares_past_each_rank(kind):
+def test_tail_energies_are_the_share_of_the_squares_past_each_rank(kind):
     values = torch.linalg.svdvals(hard_matrix(kind, 7, 5, seed=3)).unsqueeze(0)
-    tails = tail_energies(values)
+    tails = relative_tail_energies(values)
     assert tails.shape == (6,)
     for rank in range(6):
-        assert float(tails[rank]) == pytest.approx(float(values[0, rank:].square().sum()), rel=1e-12, abs=0)
+        whole = float(values.square().sum()) or 1.0
+        assert float(tails[rank]) == pytest.approx(float(values[0, rank:].square().sum()) / whole, rel=1e-12, abs=0)
     assert float(tails[-1]) == 0.0
     assert bool((tails[1:] <= tails[:-1]).all())
 
 
 def test_small_tails_survive_beside_large_values():
-    tails = tail_energies(torch.tensor([[1e8, 1e-8]], dtype=torch.float64))
-    assert float(tails[1]) == pytest.approx(1e-16, rel=1e-12, abs=0)
+    tails = relative_tail_energies(torch.tensor([[1e8, 1e-8]], dtype=torch.float64))
+    assert float(tails[1]) == pytest.approx(1e-32, rel=1e-12, abs=0)
 
 
 def test_tail_energies_of_groups_add_up():
-    tails = tail_energies(torch.tensor([[2.0, 1.0], [3.0, 1.0]], dtype=torch.float64))
-    assert tails.tolist() == [15.0, 2.0, 0.0]
+    tails = relative_tail_energies(torch.tensor([[2.0, 1.0], [3.0, 1.0]], dtype=torch.float64))
+    assert tails.tolist() == pytest.approx([1.0, 2 / 15, 0.0])
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-170, 1e150, 1e300])
+def test_tail_energies_do_not_leave_the_range_of_float64(scale):
+    values = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
+    assert torch.allclose(relative_tail_energies(scale * values), relative_tail_energies(values), rtol=1e-12)
 
 
 def test_large_flat_matrices_take_the_memory_of_their_small_side():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
-from tests.strategies import fill_, seeds
+from tests.strategies import fill_, randn, seeds
 from torchsmooth import plan_compression
 
 RATIOS = st.floats(0.05, 0.85)
@@ -182,47 +182,6 @@ def test_every_layer_is_listed_and_dense_ones_have_a_reason():
     }
 
 
-def test_tied_weights_stay_dense_with_the_partner_named():
-    plan = plan_compression(Tied(), 0.1)
-    assert plan["head"].reason == "weight is shared with embedding.weight"
-    assert plan["body.0"].reason == "weight is shared with body.1.weight"
-    assert plan["body.1"].reason == "weight is shared with body.0.weight"
-    assert plan["body.2"].rank is not None
-
-
-def test_weights_tied_by_their_memory_stay_dense_too():
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(64, 64))
-    model[1].weight.data = model[0].weight.data
-    plan = plan_compression(model, 0.3)
-    assert plan["0"].reason == "weight is shared with 1.weight"
-    assert plan["2"].rank is not None
-
-
-def test_weights_in_one_flat_buffer_are_not_taken_for_tied():
-    model = mlp()
-    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    start = 0
-    for parameter in model.parameters():
-        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
-    assert any(layer.rank is not None for layer in plan_compression(model, 0.5))
-
-
-def test_modules_that_a_parent_also_keeps_in_a_list_stay_dense():
-    # A replacement in the tree would not reach the list, and forward would go on with the dense layer.
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
-            self.order = [self.first]
-            self.lookup = {"second": self.second}
-
-    plan = plan_compression(nn.Sequential(Listed()), 0.3)
-    assert plan["0.first"].reason == "also held by the plain attribute 0.order"
-    assert plan["0.second"].reason == "also held by the plain attribute 0.lookup"
-    assert plan["0.third"].rank is not None
-
-
 def test_a_shared_module_is_one_layer():
     plan = plan_compression(Shared(), 0.3)
     assert [layer.name for layer in plan] == ["first", "body.1"]
@@ -273,6 +232,10 @@ def test_ranks_and_schemes_can_be_edited():
             ValueError,
             "scheme of layer '0' must be one of 'channel'",
         ),
+        (lambda plan: plan["0"].choose("bogus", 5), ValueError, "scheme of layer '0' must be one of 'channel'"),
+        (lambda plan: plan["0"].choose("channel", 0), ValueError, "rank of layer '0' must lie between 1 and 24"),
+        (lambda plan: plan["0"].choose("channel", "3"), TypeError, "rank of layer '0' must be an integer, got str"),
+        (lambda plan: setattr(plan["0"], "rank", True), TypeError, "rank of layer '0' must be an integer, got bool"),
         (lambda plan: plan["nope"], KeyError, "no layer 'nope' in this plan; it has '0', '2', '4'"),
     ],
 )
@@ -286,6 +249,44 @@ def test_a_layer_that_cannot_be_compressed_takes_no_rank():
     plan = plan_compression(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(8, 8, 3)), 0.3)
     with pytest.raises(ValueError, match="layer '1' cannot be compressed: Conv1d is not supported"):
         plan["1"].rank = 1
+
+
+def test_a_rank_may_be_an_integer_of_numpy():
+    import numpy as np
+
+    plan = plan_compression(mlp(), 0.5)
+    plan["0"].rank = np.int64(3)
+    assert type(plan["0"].rank) is int
+
+
+def test_a_plan_for_other_groups_is_refused():
+    # Both weights are 64×16×3×3.
+    plan = plan_compression(nn.Sequential(nn.Conv2d(16, 64, 3)), 0.3, scheme="channel")
+    with pytest.raises(ValueError, match="layer '0' is planned for other groups than this model's"):
+        plan.apply_(nn.Sequential(nn.Conv2d(64, 64, 3, groups=4)))
+
+
+@settings(max_examples=20)
+@given(seeds, st.sampled_from([0.02, 0.05, 0.2]), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_an_error_bound_holds_for_the_factors_as_they_are_stored(seed, bound, dtype):
+    left, _, right = torch.linalg.svd(randn(48, 64, seed=seed), full_matrices=False)
+    decaying = (left * 0.8 ** torch.arange(48)) @ right
+    model = nn.Sequential(nn.Linear(64, 48).to(dtype))
+    with torch.no_grad():
+        model[0].weight.copy_(decaying)
+    report = plan_compression(model, max_error=bound).apply_(model)
+    assert 0 < report["0"].relative_error <= bound
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e150])
+def test_float64_weights_of_extreme_scale_are_planned_like_any_other(scale):
+    model, scaled = mlp(1).double(), mlp(1).double()
+    for module in (scaled[0], scaled[2], scaled[4]):
+        module.weight.data.mul_(scale)
+    reports = [plan_compression(one, 0.5).apply_(one) for one in (model, scaled)]
+    assert [one.rank for one in reports[0].layers] == [one.rank for one in reports[1].layers]
+    for one, other in zip(*(report.layers for report in reports), strict=True):
+        assert other.relative_error == pytest.approx(one.relative_error)
 
 
 def test_a_plan_holds_for_a_copy_of_the_model():
@@ -348,6 +349,12 @@ def nan_model():
         (mlp, {"ratio": 0.5, "filter_fn": ["0"]}, TypeError, "filter_fn must be a function of .module, qualified_name"),
         (lambda: "model", {"ratio": 0.5}, TypeError, "model must be a torch.nn.Module, got str 'model'"),
         (nan_model, {"ratio": 0.5}, ValueError, "weight of layer '2' holds 1 NaN or infinite values out of 512"),
+        (
+            mlp,
+            {"ratio": 0.5, "filter_fn": lambda module, name: None},
+            ValueError,
+            "filter_fn left out 3 layers and the",
+        ),
         (lambda: nn.Linear(8, 8), {"ratio": 0.5}, ValueError, r"use LowRankLinear.from_linear\(layer, rank\), or wrap"),
         (lambda: nn.Conv2d(8, 8, 3), {"ratio": 0.5}, ValueError, r"use LowRankConv2d.from_conv2d\(layer, rank\)"),
         (

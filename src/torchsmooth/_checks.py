@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import nn
@@ -62,11 +62,12 @@ def check_choice(value: object, name: str, choices: Collection[str]) -> None:
 
 def check_count(value: object, name: str, most: int, why: str) -> int:
     """Return ``value`` as an int between 1 and ``most``; ``why`` says what the upper bound is."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an integer, got {describe(value)}.")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name} must lie between 1 and {most} ({why}), got {value}.")
-    return value
+    count = value.__index__()
+    if not 1 <= count <= most:
+        raise ValueError(f"{name} must lie between 1 and {most} ({why}), got {count}.")
+    return count
 
 
 def check_module(value: object, name: str = "model") -> nn.Module:
@@ -78,8 +79,8 @@ def check_module(value: object, name: str = "model") -> nn.Module:
 
 def check_initialised(model: nn.Module) -> None:
     """Refuse a model with lazy parameters, which have no shape yet."""
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
             raise ValueError(
                 f"parameter {name!r} is not initialised yet (a lazy module): "
                 "run one batch through the model first, then call this again."

@@ -10,21 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._checks import FLOAT_DTYPES, check_initialised
-from ._lowrank_layer import LowRankLayer
+from ._checks import check_initialised
+from ._lowrank_layer import LowRankLayer, why_not_plain
 from ._matricise import SCHEMES, Matricisation, Scheme, distinct_schemes, matricise
+from ._sharing import Sharing
 from .lowrank import LowRankConv2d, LowRankLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-
-# What every module keeps: its children, parameters, hooks.
-_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 # What a user may ask for. A weight without two kernel axes has no spatial scheme; it takes "channel" then.
 _OPTIONS: dict[str, tuple[Scheme, ...]] = {
@@ -41,11 +38,13 @@ class LayerKind:
     """How one type of layer becomes low-rank and dense again.
 
     Attributes:
+        shape: the shape that a layer's weight has by its attributes.
         groups: number of groups of a layer.
         factorise: ``(layer, rank, scheme)`` to a low-rank layer holding the truncated SVD.
         like: ``(layer, rank, scheme)`` to a low-rank layer whose factors are still to be filled in.
     """
 
+    shape: Callable[[Any], tuple[int, ...]]
     groups: Callable[[Any], int]
     factorise: Callable[[Any, int, Scheme], LowRankLayer]
     like: Callable[[Any, int, Scheme], LowRankLayer]
@@ -61,11 +60,13 @@ class LayerKind:
 
 KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(
+        shape=LowRankLinear.shape_of,
         groups=lambda _: 1,
         factorise=lambda layer, rank, _: LowRankLinear.from_linear(layer, rank),
         like=lambda layer, rank, _: LowRankLinear.like(layer, rank),
     ),
     nn.Conv2d: LayerKind(
+        shape=LowRankConv2d.shape_of,
         groups=lambda layer: int(layer.groups),
         factorise=LowRankConv2d.from_conv2d,
         like=LowRankConv2d.like,
@@ -128,11 +129,14 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
             f"use {way}, or wrap it in a torch.nn.Sequential."
         )
-    owners, outside = _owners(model), _held_outside(model)
-    return [
-        FoundLayer(name, module, _reason(name, module, owners) or outside.get(module, ""))
-        for name, module in _walk(model)
-    ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in DistributedDataParallel, which would go on reducing the old "
+                "parameters: compress the module inside (.module) before wrapping it."
+            )
+    sharing = Sharing(model)
+    return [FoundLayer(name, module, _reason(name, module, sharing)) for name, module in _walk(model)]
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -149,39 +153,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Map the identity of every parameter's memory to the names it goes by, one for each module that owns it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for own_name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(_memory(parameter), []).append(f"{name}.{own_name}" if name else own_name)
-    return owners
-
-
-def _held_outside(model: nn.Module) -> dict[nn.Module, str]:
-    """Find modules that a parent also keeps in a plain attribute or list, where a replacement would not be seen."""
-    held: dict[nn.Module, str] = {}
-    for name, owner in model.named_modules():
-        for attribute, value in vars(owner).items():
-            if attribute in _TORCH_ATTRIBUTES:
-                continue
-            values = value.values() if isinstance(value, dict) else value
-            for one in values if isinstance(value, (dict, list, tuple, set)) else (value,):
-                if isinstance(one, nn.Module):
-                    place = f"{name}.{attribute}" if name else attribute
-                    held[one] = f"also held by the plain attribute {place}"
-    return held
-
-
-def _memory(parameter: Tensor) -> int:
-    """Identify a tensor by where its data begin, so that two parameters over the same data are seen as tied."""
-    if type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.numel():
-        return parameter.data_ptr() or id(parameter)  # meta tensors have no address
-    return id(parameter)
-
-
-def _reason(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str:
+def _reason(name: str, module: nn.Module, sharing: Sharing) -> str:
     """Say why a layer has to stay dense, or return an empty string."""
     if isinstance(module, LowRankLayer):
         return f"already low-rank (rank {module.rank}); restore_dense_ it to compress it anew"
@@ -193,16 +165,11 @@ def _reason(name: str, module: nn.Module, owners: dict[int, list[str]]) -> str:
             )
     if parametrize.is_parametrized(module):
         return "parametrized (call remove_parametrizations first)"
-    if type(module) not in KINDS:
+    kind = KINDS.get(type(module))
+    if kind is None:
         return f"{type(module).__name__} is not supported"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "weight is not a plain parameter (pruned or weight-normed; remove that first)"
-    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
-        return f"weight is a {type(weight).__name__} of layout {weight.layout}"
-    if weight.dtype not in FLOAT_DTYPES:
-        return f"weight is of {weight.dtype}"
-    if weight.numel() == 0:
-        return "weight is empty"
-    others = [other for other in owners[_memory(weight)] if other != f"{name}.weight"]
-    return f"weight is shared with {others[0]}" if others else ""
+    return (
+        why_not_plain(module, kind.shape(module))
+        or sharing.of_weight(weight_of(module), f"{name}.weight")
+        or sharing.of_module(module)
+    )

@@ -48,19 +48,24 @@ def singular_values(matrices: Tensor) -> Tensor:
     return eigenvalues.flip(-1).clamp_min(0).sqrt()
 
 
-def tail_energies(values: Tensor) -> Tensor:
-    """Squared error of every truncation: entry r is the sum of the squares past the first r singular values.
+def relative_tail_energies(values: Tensor) -> Tensor:
+    """Squared relative error of every truncation: the share of the squares past the first r singular values.
 
     Args:
         values: ``(groups, k)`` in float64, largest first; the groups share one rank, so their energies add up.
 
     Returns:
-        ``(k + 1,)``: the whole energy first, zero last; never increasing.
+        ``(k + 1,)`` on the CPU: one first, zero last, never increasing. All zero if the singular values are.
     """
-    energies = values.square().sum(0)
+    values = values.cpu()
+    largest = values.max()
+    if largest == 0:
+        return values.new_zeros(values.shape[-1] + 1)
+    # Divided first, or the squares of very large and very small values would leave the range of float64.
+    energies = (values / largest).square().sum(0)
     # Summed from the small end, so that small tails are not lost beside the large values.
     tails = energies.flip(0).cumsum(0).flip(0)
-    return torch.cat([tails, tails.new_zeros(1)])
+    return torch.cat([tails, tails.new_zeros(1)]) / tails[0]
 
 
 def truncated_factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:

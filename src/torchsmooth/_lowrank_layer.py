@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ._checks import FLOAT_DTYPES, describe
+from ._checks import FLOAT_DTYPES, describe, quoted
 from ._linalg import working_copy
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class LowRankLayer(nn.Module):
         with torch.no_grad():
             for child, value in (("up", up_weight), ("down", down_weight)):
                 own = self._factor(child)
-                cast = value.to(own).contiguous(memory_format=memory_format)
-                getattr(self, child).weight = nn.Parameter(cast, requires_grad=own.requires_grad)
+                # Not .contiguous(): of axes of size one it would keep whatever stride they happen to have.
+                cast = torch.empty(value.shape, dtype=own.dtype, device=own.device, memory_format=memory_format)
+                getattr(self, child).weight = nn.Parameter(cast.copy_(value), requires_grad=own.requires_grad)
 
 
 def multiply_out(layer: LowRankLayer) -> Tensor:
@@ -66,7 +67,37 @@ def multiply_out(layer: LowRankLayer) -> Tensor:
         return layer.matricisation.to_weight(factors[0] @ factors[1])
 
 
-def check_source(module: nn.Module, expected: type[nn.Module], advice: str) -> nn.Parameter:
+def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
+    """Say why a layer of a known type is more than its weight and bias, so that factors could not stand in for it.
+
+    Args:
+        module: a layer.
+        shape: the shape that its weight has by its attributes.
+
+    Returns:
+        The reason; empty for a plain layer.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "weight is not a plain parameter (pruned or weight-normed; remove that first)"
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return f"weight is a {type(weight).__name__} of layout {weight.layout}"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"weight is of {weight.dtype}"
+    if weight.numel() == 0:
+        return "weight is empty"
+    if tuple(weight.shape) != shape:
+        return f"weight is of shape {tuple(weight.shape)}, but the layer's attributes say {shape}"
+    if "bias" not in module._parameters:
+        return "bias is not a plain parameter (pruned, or a buffer)"
+    extras = [*(module._parameters.keys() - {"weight", "bias"}), *module._buffers, *module._modules]
+    if extras:
+        return f"it has more than a weight and a bias: {quoted(extras)}"
+    patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
+    return f"its {patched[0]} was replaced on this instance" if patched else ""
+
+
+def check_source(module: nn.Module, expected: type[nn.Module], advice: str, shape_of: Any) -> nn.Parameter:
     """Return the weight of a layer that is about to be factored, or say why it cannot be."""
     name = type(module).__name__
     if not isinstance(module, expected):
@@ -79,6 +110,9 @@ def check_source(module: nn.Module, expected: type[nn.Module], advice: str) -> n
         )
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"the weight of this {name} is of {weight.dtype}; expected float64, 32, 16 or bfloat16.")
+    reason = why_not_plain(module, shape_of(module))
+    if reason:
+        raise ValueError(f"this {name} cannot be factored: {reason}.")
     return weight
 
 
@@ -92,6 +126,7 @@ def memory_format_of(weight: Tensor) -> torch.memory_format:
 def inherit(layer: _Layer, dense: nn.Module, weight: nn.Parameter) -> _Layer:
     """Take over mode, ``requires_grad`` and a copy of the bias from the dense layer."""
     layer.train(dense.training)
+    layer.to(memory_format=memory_format_of(weight))  # type: ignore[call-overload]
     for child in ("down", "up"):
         layer._factor(child).requires_grad_(weight.requires_grad)
     bias = dense._parameters.get("bias")
@@ -109,13 +144,20 @@ def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
 
 def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     """Build the dense layer of type ``cls`` that a low-rank layer stands for."""
+    for child in (layer.down, layer.up):
+        if not isinstance(child._parameters.get("weight"), Tensor):
+            raise ValueError(
+                f"a {type(layer).__name__} cannot be merged: its factor is now a {type(child).__module__}."
+                f"{type(child).__name__} without a plain weight (quantised or parametrized after it was compressed)."
+            )
     own = layer._factor("up")
     dense: Any = uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
     bias = layer.bias
     with torch.no_grad():
         up, down = (working_copy(factor) for factor in (own, layer._factor("down")))
         factors = layer.matricisation.to_factors(up, down)
-        weight = layer.matricisation.to_weight(factors[0] @ factors[1]).to(own)
+        limit = torch.finfo(own.dtype).max  # a product of finite factors may pass that of float16
+        weight = layer.matricisation.to_weight(factors[0] @ factors[1]).clamp(-limit, limit).to(own)
         last = any(memory_format_of(layer._factor(child)) is torch.channels_last for child in ("up", "down"))
         weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         dense.weight = nn.Parameter(weight, requires_grad=own.requires_grad)

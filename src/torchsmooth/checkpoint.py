@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._backup import Backup
 from ._checks import check_initialised, check_module, describe, quoted
-from ._layers import KINDS, LayerKind
+from ._layers import KINDS, LayerKind, find_layers, weight_of
+from ._lowrank_layer import LowRankLayer
 from ._swap import swap_, take_over_
-
-if TYPE_CHECKING:
-    from ._lowrank_layer import LowRankLayer
 
 __all__ = ["load_compressed_"]
 
@@ -54,40 +53,51 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
     check_module(model)
     check_initialised(model)
     _check_state_dict(state_dict)
-    on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    on_meta = [name for name, one in (*model.named_parameters(), *model.named_buffers()) if one.is_meta]
     if on_meta:
         raise ValueError(
-            f"the model has parameters on the meta device ({quoted(on_meta)}), which cannot hold values: "
+            f"the model has tensors on the meta device ({quoted(on_meta)}), which cannot hold values: "
             "call model.to_empty(device=...) first."
         )
-    if type(model) in KINDS and {"down.weight", "up.weight"} & state_dict.keys():
-        raise ValueError(
-            f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: build the "
-            f"low-rank layer with {type(model).__name__.join(('LowRank', ''))}.like and call its load_state_dict."
-        )
-    replacements: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        kind = KINDS.get(type(module))
-        if kind is not None and name:
-            low_rank = _structure(name, module, kind, state_dict)
-            if low_rank is not None:
-                take_over_(low_rank, module)
-                replacements[module] = low_rank
-    # Values that the load will overwrite: it writes what fits before it raises for what does not.
-    tensors = [*model.parameters(), *model.buffers()]
-    swapped = {id(old._parameters["weight"]) for old in replacements}
-    backup = [(tensor, tensor.clone()) for tensor in tensors if id(tensor) not in swapped]
+    replacements = _replacements(model, state_dict)
+    backup = Backup(model, replacements)
     swap_(model, replacements)
     try:
         model.load_state_dict(state_dict, strict=True)
     except BaseException as error:
         swap_(model, {new: old for old, new in replacements.items()})
-        for tensor, values in backup:
-            tensor.copy_(values)
+        backup.restore_()
         if isinstance(error, RuntimeError):
             raise ValueError(f"the state dict does not fit this model{_hint(model, state_dict)}: {error}") from error
         raise
     return model
+
+
+def _replacements(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[nn.Module, nn.Module]:
+    """Make a low-rank layer for every dense one of which a state dict holds factors."""
+    if isinstance(model, LowRankLayer):
+        return {}
+    if type(model) in KINDS:
+        if {"down.weight", "up.weight"} & state_dict.keys():
+            raise ValueError(
+                f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: build "
+                f"the low-rank layer with LowRank{type(model).__name__}.like and call its load_state_dict."
+            )
+        return {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for found in find_layers(model):
+        kind = KINDS.get(type(found.module))
+        if kind is not None and {f"{found.name}.down.weight", f"{found.name}.up.weight"} & state_dict.keys():
+            if found.reason:
+                raise ValueError(
+                    f"layer {found.name!r} is low-rank in the state dict, but has to stay dense in this model: "
+                    f"{found.reason}."
+                )
+            with torch.inference_mode(mode=False):
+                low_rank = _structure(found.name, found.module, kind, state_dict)
+            take_over_(low_rank, found.module)
+            replacements[found.module] = low_rank
+    return replacements
 
 
 def _check_state_dict(state_dict: object) -> None:
@@ -101,23 +111,18 @@ def _check_state_dict(state_dict: object) -> None:
             raise TypeError(f"state_dict must hold tensors, but {key!r} is a {type(value).__name__}{nested}.")
 
 
-def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mapping[str, Any]) -> LowRankLayer | None:
-    """Make the low-rank layer whose factors a state dict holds for one dense layer; None if it holds none."""
+def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mapping[str, Any]) -> LowRankLayer:
+    """Make the low-rank layer whose factors a state dict holds for one dense layer."""
     keys = {part: f"{name}.{part}.weight" for part in ("down", "up")}
-    there = [key for key in keys.values() if key in state_dict]
-    if not there:
-        return None
-    if len(there) == 1:
-        missing = next(key for key in keys.values() if key not in state_dict)
-        raise ValueError(f"the state dict holds {there[0]!r} but not {missing!r}: half of layer {name!r} is missing.")
+    missing = [key for key in keys.values() if key not in state_dict]
+    if missing:
+        there = next(key for key in keys.values() if key in state_dict)
+        raise ValueError(f"the state dict holds {there!r} but not {missing[0]!r}: half of layer {name!r} is missing.")
     if f"{name}.weight" in state_dict:
         raise ValueError(
-            f"the state dict holds layer {name!r} twice, dense ({name + '.weight'!r}) and low-rank ({there[0]!r}): "
-            "only one of the two can be meant."
+            f"the state dict holds layer {name!r} twice, dense ({name + '.weight'!r}) and low-rank "
+            f"({keys['down']!r}): only one of the two can be meant."
         )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ValueError(f"layer {name!r} is pruned or weight-normed in this model, but low-rank in the state dict.")
     up, down = (tuple(state_dict[keys[part]].shape) for part in ("up", "down"))
     rank = up[1] if len(up) > 1 else 0
     for scheme, layout in kind.matricisations(module).items():
@@ -125,7 +130,7 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
             return kind.like(module, rank, scheme)
     raise ValueError(
         f"{keys['down']!r} of shape {down} and {keys['up']!r} of shape {up} are no factors of the weight of layer "
-        f"{name!r}, which has shape {tuple(weight.shape)} in this model: was it built with other sizes?"
+        f"{name!r}, which has shape {tuple(weight_of(module).shape)} in this model: was it built with other sizes?"
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ._checks import check_module
 from ._lowrank_layer import LowRankLayer
+from ._sharing import Sharing
 from ._swap import swap_, take_over_
 from .lowrank import LowRankConv2d, LowRankLinear
 from .plan import Allocation, SchemeOption, plan_compression
@@ -67,6 +68,7 @@ def svd_compress_(
     return plan.apply_(model)
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def restore_dense_(model: nn.Module) -> nn.Module:
     """Merge every low-rank layer back into an ``nn.Linear`` / ``nn.Conv2d``, in place.
@@ -97,15 +99,17 @@ def restore_dense_(model: nn.Module) -> nn.Module:
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
             "call its to_linear() or to_conv2d()."
         )
+    low_rank = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
+    Sharing(model).check_replaceable(low_rank)
     replacements: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
+    for _, module in low_rank:
         dense: nn.Module
         if isinstance(module, LowRankLinear):
             dense = module.to_linear()
         elif isinstance(module, LowRankConv2d):
             dense = module.to_conv2d()
         else:
-            continue
+            raise TypeError(f"{type(module).__name__} cannot be merged.")
         take_over_(dense, module)
         replacements[module] = dense
     swap_(model, replacements)

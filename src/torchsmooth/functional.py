@@ -165,7 +165,7 @@ class _NuclearNorm(torch.autograd.Function):
     def forward(matrices: Tensor) -> tuple[Tensor, Tensor]:
         try:
             # LAPACK does not notice every NaN. A compiled graph cannot branch on values; there NaN gives NaN.
-            if torch.compiler.is_compiling() or bool(torch.isfinite(matrices).all()):
+            if torch.compiler.is_compiling() or matrices.is_meta or bool(torch.isfinite(matrices).all()):
                 return nuclear_norm_and_polar(matrices)
             cause = None
         except LinAlgError as error:

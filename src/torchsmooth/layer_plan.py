@@ -67,7 +67,7 @@ class LayerPlan:
         options = self._require_options()
         allowed = options if self._scheme is None else {self._scheme: options[self._scheme]}
         most = max(one.matricisation.full_rank for one in allowed.values())
-        check_count(rank, f"rank of layer {self.name!r}", most, "the full rank; keep_dense() leaves it whole")
+        rank = check_count(rank, f"rank of layer {self.name!r}", most, "the full rank; keep_dense() leaves it whole")
         fitting = {name: one for name, one in allowed.items() if rank <= one.matricisation.full_rank}
         self.choose(min(fitting, key=lambda name: float(fitting[name].errors[rank])), rank)
 
@@ -82,13 +82,10 @@ class LayerPlan:
 
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
-        options = self._require_options()
-        check_choice(scheme, f"scheme of layer {self.name!r}", tuple(options))
         if self._rank is None:
+            self._require_options()
             raise ValueError(f"layer {self.name!r} stays dense: set its rank first, then the scheme.")
-        most = options[scheme].matricisation.full_rank
-        check_count(self._rank, f"rank of layer {self.name!r}", most, f"the full rank of scheme {scheme!r}")
-        self._scheme = scheme
+        self.choose(scheme, self._rank)
 
     @property
     def form(self) -> str:
@@ -128,8 +125,16 @@ class LayerPlan:
         Args:
             scheme: one of ``options``.
             rank: 1 … the full rank of that scheme.
+
+        Raises:
+            TypeError: if the rank is not an integer.
+            ValueError: if the scheme or the rank is not among those, or the layer cannot be compressed.
         """
-        self._scheme, self._rank, self.reason = scheme, rank, ""
+        check_choice(scheme, f"scheme of layer {self.name!r}", tuple(self._require_options()))
+        most = self.options[scheme].matricisation.full_rank
+        why = f"the full rank of scheme {scheme!r}; keep_dense() leaves the layer whole"
+        self._rank = check_count(rank, f"rank of layer {self.name!r}", most, why)
+        self._scheme, self.reason = scheme, ""
 
     def _require_options(self) -> Mapping[Scheme, Option]:
         if not self.options:

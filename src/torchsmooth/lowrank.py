@@ -87,7 +87,7 @@ class LowRankLinear(LowRankLayer):
             TypeError: if it is not a Linear, or of another dtype.
             ValueError: if the rank is out of range, or the weight is not a plain, finite parameter.
         """
-        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.")
+        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.", cls.shape_of)
         check_values(weight, type(linear).__name__)
         layer = cls.like(linear, rank)
         layer._set_weights(*truncated_factors(layer.matricisation.to_matrices(weight), rank), torch.contiguous_format)
@@ -108,12 +108,17 @@ class LowRankLinear(LowRankLayer):
             TypeError: if it is not a Linear, or of another dtype.
             ValueError: if the rank is out of range.
         """
-        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.like.")
+        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.like.", cls.shape_of)
         check_count(rank, "rank", min(weight.shape), "the full rank")
         layer = uninitialised(
             cls, linear.in_features, linear.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
         )
         return inherit(layer, linear, weight)
+
+    @staticmethod
+    def shape_of(linear: nn.Linear) -> tuple[int, ...]:
+        """Return the shape that the weight of a dense layer has by its attributes."""
+        return linear.out_features, linear.in_features
 
     def to_linear(self) -> nn.Linear:
         """Merge the factors into an ``nn.Linear``; this layer is not changed.
@@ -256,7 +261,7 @@ class LowRankConv2d(LowRankLayer):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if the rank is out of range, the scheme unknown, or the weight not a plain, finite parameter.
         """
-        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.")
+        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.", cls.shape_of)
         check_values(weight, type(conv).__name__)
         layer = cls.like(conv, rank, scheme)
         factors = truncated_factors(layer.matricisation.to_matrices(weight), rank)
@@ -279,7 +284,7 @@ class LowRankConv2d(LowRankLayer):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if the rank is out of range, or the scheme unknown.
         """
-        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.like.")
+        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.like.", cls.shape_of)
         layout = matricise(weight.shape, scheme, conv.groups)
         check_count(rank, "rank", layout.full_rank, f"the full rank of scheme {scheme!r} in each group")
         layer = uninitialised(
@@ -287,6 +292,11 @@ class LowRankConv2d(LowRankLayer):
             bias=False, device=weight.device, dtype=weight.dtype,
         )  # fmt: skip
         return inherit(layer, conv, weight)
+
+    @staticmethod
+    def shape_of(conv: nn.Conv2d) -> tuple[int, ...]:
+        """Return the shape that the weight of a dense layer has by its attributes."""
+        return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
     def to_conv2d(self) -> nn.Conv2d:
         """Merge the factors into an ``nn.Conv2d``; this layer is not changed.

@@ -13,7 +13,7 @@ from torch import nn
 from ._budget import uniformly, within_budget, within_error
 from ._checks import check_choice, check_module, check_open_unit, check_values, describe, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
-from ._linalg import LinAlgError, singular_values, tail_energies, working_copy
+from ._linalg import LinAlgError, singular_values, relative_tail_energies, working_copy
 from ._lowrank_layer import multiply_out
 from ._swap import swap_, take_over_
 from .layer_plan import LayerPlan, Option
@@ -31,7 +31,8 @@ __all__ = ["CompressionPlan", "plan_compression"]
 Allocation = Literal["budget", "uniform"]
 SchemeOption = Literal["auto", "channel", "input", "spatial"]
 
-_BUDGET_REASON = "dense is the best use of the budget here"
+_FILTERED = "left out by filter_fn"
+_BUDGET_REASON = "worth its parameters in this budget"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class CompressionPlan:
             ],
         }
 
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> CompressionReport:
         """Compress a model as planned, in place: the model planned for, or a copy of it with weights of its own.
@@ -149,6 +151,11 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
             f"layer {layer.name!r} is planned as {layer.type} of shape {layer.shape}, but the model has "
             f"{type(found.module).__name__} of shape {shape}: was the plan made for another model?"
         )
+    layouts = KINDS[type(found.module)].matricisations(found.module)
+    if layer.scheme not in layouts or layouts[layer.scheme] != layer.options[layer.scheme].matricisation:
+        raise ValueError(
+            f"layer {layer.name!r} is planned for other groups than this model's: was the plan made for another model?"
+        )
     if layer.parameters_after >= layer.parameters_before:
         raise ValueError(
             f"layer {layer.name!r} would not get smaller at rank {layer.rank} ({layer.parameters_before:,} → "
@@ -171,9 +178,12 @@ def _factorise(layer: LayerPlan, module: nn.Module) -> LowRankLayer:
 
 def _measured_error(dense: nn.Module, low_rank: LowRankLayer) -> float:
     weight = working_copy(weight_of(dense))
-    norm = float(torch.linalg.vector_norm(weight))
-    error = float(torch.linalg.vector_norm(weight - multiply_out(low_rank).to(weight)))
-    return error / norm if norm else 0.0
+    largest = float(weight.abs().max())
+    if largest == 0:
+        return 0.0
+    # Divided first, or the squares of very large and very small entries would leave the range of float64.
+    difference = weight / largest - multiply_out(low_rank).to(weight) / largest
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(weight / largest))
 
 
 def _report(layer: LayerPlan, error: float) -> LayerReport:
@@ -268,10 +278,10 @@ def plan_compression(
         _check_reachable(ratio, total, fixed + sum(int(one.costs[0]) for one in frontiers), layers)
         budget = total - math.ceil(Fraction(str(ratio)) * total) - fixed
         indices = (within_budget if allocation == "budget" else uniformly)(frontiers, budget)
-        asked = f"ratio {ratio:g}" + (", uniform" if allocation == "uniform" else "")
+        asked = f"ratio {ratio}" + (", uniform" if allocation == "uniform" else "")
     else:
         indices = within_error(frontiers, max_error or 0.0)
-        asked = f"max_error {max_error:g}"
+        asked = f"max_error {max_error}"
     for layer, (frontier, meanings), index, can_shrink in zip(candidates, choices, indices, shrinkable, strict=True):
         meaning = meanings[int(frontier.labels[index])]
         if meaning is not None:
@@ -291,7 +301,7 @@ def _layer_plan(
 ) -> LayerPlan:
     module, reason = found.module, found.reason
     if not reason and filter_fn is not None and not filter_fn(module, found.name):
-        reason = "left out by filter_fn"
+        reason = _FILTERED
     if reason:
         shape = tuple(weights_of(module)[0].shape) if weights_of(module) else ()
         plan = LayerPlan(found.name, type(module).__name__, shape, {}, reason)
@@ -307,9 +317,10 @@ def _layer_plan(
             raise ValueError(
                 f"the weight of layer {found.name!r} could not be decomposed ({error}): leave it out with filter_fn."
             ) from error
-        tails = tail_energies(values).cpu()
-        energy = float(tails[0])
-        options[name] = Option(layout, tails / energy if energy else tails)
+        errors = relative_tail_energies(values)
+        # What casting the factors will add: measured to be a little under the unit roundoff, and independent.
+        roundoff = torch.finfo(weight.dtype).eps / 2
+        options[name] = Option(layout, errors + roundoff**2 * (errors[0] > 0))
     return LayerPlan(found.name, type(module).__name__, tuple(weight.shape), options)
 
 
@@ -328,6 +339,12 @@ def _check_reachable(ratio: float, total: int, least: int, layers: list[LayerPla
 
 
 def _nothing_to_compress(model: nn.Module, layers: list[LayerPlan]) -> str:
+    left_out = sum(one.reason == _FILTERED for one in layers)
+    if left_out:
+        return (
+            f"nothing to compress in this {type(model).__name__}: filter_fn left out {left_out} layers and the others "
+            "have to stay dense. filter_fn(module, qualified_name) returns True for a layer to compress."
+        )
     reasons = [f"{one.name or '(the model)'}: {one.reason or 'no rank makes it smaller'}" for one in layers]
     listed = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")  # noqa: PLR2004
     found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"

@@ -37,7 +37,8 @@ def _penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` wrapped: it has the weight, and the geometry that goes with it."""
-    return module._modules.get("_orig_mod") or module
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def _label(module: nn.Module, tensor_name: str, qualified_name: str = "") -> str:
@@ -219,6 +220,8 @@ def smooth_(
     """
     check_module(model)
     _check_penalty(penalty)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of (module, qualified_name), got {describe(filter_fn)}.")
     check_initialised(model)
     found = [
         (name, module)
