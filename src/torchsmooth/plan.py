@@ -13,7 +13,7 @@ from torch import nn
 from ._budget import uniformly, within_budget, within_error
 from ._checks import check_choice, check_module, check_open_unit, check_values, describe, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
-from ._linalg import LinAlgError, singular_values, relative_tail_energies, working_copy
+from ._linalg import LinAlgError, relative_tail_energies, singular_values, working_copy
 from ._lowrank_layer import multiply_out
 from ._swap import swap_, take_over_
 from .layer_plan import LayerPlan, Option
