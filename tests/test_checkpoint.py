@@ -316,3 +316,50 @@ def test_the_memory_format_of_the_model_is_kept():
     svd_compress_(model, 0.5)
     again = load_compressed_(build(1), model.state_dict())
     assert [one.stride() for one in again.parameters()] == [one.stride() for one in model.parameters()]
+
+
+AWKWARD_BUFFERS = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed_sparse": lambda: torch.eye(3).to_sparse_csr(),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "empty": lambda: torch.empty(0, 3),
+    "boolean": lambda: torch.tensor([True, False]),
+    "nan": lambda: torch.tensor([torch.nan, -0.0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", AWKWARD_BUFFERS)
+def test_a_failed_load_is_undone_beside_buffers_of_every_kind(kind):
+    model = mlp(1)
+    svd_compress_(model, 0.5)
+    state = dict(model.state_dict()) | {"extra": torch.ones(3)}
+    fresh = mlp(2)
+    bias = fresh[0].bias.detach().clone()
+    fresh.register_buffer("odd", AWKWARD_BUFFERS[kind](), persistent=False)
+    with pytest.raises(ValueError, match="Unexpected key"):
+        load_compressed_(fresh, state)
+    assert torch.equal(fresh[0].bias, bias)
+    assert type(fresh[0]) is nn.Linear
+
+
+def test_entries_that_are_no_tensors_are_left_to_torch():
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.note = mlp(1), None
+
+        def _save_to_state_dict(self, state, prefix, keep_vars):
+            super()._save_to_state_dict(state, prefix, keep_vars)
+            state[prefix + "note"] = self.note
+
+        def _load_from_state_dict(self, state, prefix, *arguments):
+            self.note = state.pop(prefix + "note")
+            super()._load_from_state_dict(state, prefix, *arguments)
+
+    model = Noted()
+    svd_compress_(model, 0.5)
+    model.note = torch.float32
+    again = Noted()
+    load_compressed_(again, model.state_dict())
+    assert again.note is torch.float32

@@ -159,6 +159,17 @@ def test_hooks_and_their_handles_go_on_working_there_and_back():
     assert calls == []
 
 
+def test_attributes_of_the_users_own_stay_with_the_layer():
+    model = mlp(0, (32, 32, 32))
+    model[0].tag = "first"
+    model[0].in_features_doubled = 64
+    svd_compress_(model, 0.5)
+    assert (model[0].tag, model[0].in_features_doubled) == ("first", 64)
+    restore_dense_(model)
+    assert (model[0].tag, model[0].in_features_doubled) == ("first", 64)
+    assert not {"rank", "matricisation"} & vars(model[0]).keys()
+
+
 def test_bias_parameters_stay_the_same_objects():
     model = mlp(0, (32, 32, 32))
     model[2].bias = model[0].bias

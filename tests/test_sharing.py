@@ -53,6 +53,26 @@ class Holder(nn.Module):
         self.held = hold(self.layer)
 
 
+class Hidden(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = [layer]
+
+
+def cycle_with(layer):
+    nodes = [{"next": None} for _ in range(60)]
+    for node in nodes:
+        node["next"] = nodes
+    nodes[30]["layer"] = layer
+    return nodes
+
+
+def tied_to(layer):
+    other = nn.Linear(32, 32)
+    other.weight = layer.weight
+    return other
+
+
 HOLDERS = {
     "list": lambda layer: [layer],
     "dict": lambda layer: {"a": layer},
@@ -63,7 +83,12 @@ HOLDERS = {
     "bound_method": lambda layer: layer.forward,
     "partial": lambda layer: functools.partial(map, layer),
     "namespace": lambda layer: SimpleNamespace(inner=layer),
+    "hidden_container": lambda layer: [nn.Sequential(layer, nn.ReLU())],
+    "hidden_attribute": lambda layer: [SimpleNamespace(a=Hidden(layer))],
+    "compiled": lambda layer: [torch.compile(layer, backend="eager")],
+    "cycle": cycle_with,
     "weight": lambda layer: [layer.weight],
+    "hidden_weight": lambda layer: (tied_to(layer),),
     "view": lambda layer: layer.weight.detach()[3:],
 }
 
@@ -139,11 +164,18 @@ def with_sliced_weight():
     return layer
 
 
+def with_state_hook():
+    layer = nn.Linear(32, 32)
+    layer.register_state_dict_post_hook(lambda module, state, prefix, metadata: None)
+    return layer
+
+
 MORE_THAN_WEIGHT_AND_BIAS = {
     with_pruned_bias: "bias is not a plain parameter (pruned, or a buffer)",
     with_buffer_bias: "bias is not a plain parameter (pruned, or a buffer)",
     with_extra_parameter: "it has more than a weight and a bias: 'adapter'",
     with_child: "it has more than a weight and a bias: 'observer'",
+    with_state_hook: "it has state-dict hooks, which expect the key 'weight'",
     with_own_forward: "its forward was replaced on this instance",
     with_sliced_weight: "weight is of shape (16, 32), but the layer's attributes say (32, 32)",
 }

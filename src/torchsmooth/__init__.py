@@ -10,6 +10,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
+from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
 from .lowrank import LowRankConv2d, LowRankLinear
@@ -36,6 +37,7 @@ __all__ = [
     "load_compressed_",
     "penalty_loss",
     "plan_compression",
+    "recalibrate_batchnorm_",
     "register_penalty",
     "remove_penalties",
     "restore_dense_",

@@ -1,7 +1,8 @@
-"""What loading a state dict writes, kept so that it can be put back: it writes what fits before it raises."""
+"""What loading a state dict writes, kept so that it can be put back: loading writes what fits before it raises."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,16 @@ class Backup:
         for tensor, before in self._values.values():
             # Unchanged ones are left alone: an expanded buffer, for one, cannot be written to.
             if not _same(tensor, before):
-                tensor.copy_(before)
+                # A layout that takes no copy at all (sparse, nested) cannot have been written to by the load either.
+                with contextlib.suppress(RuntimeError):
+                    tensor.copy_(before)
         for module, state in self._extras:
             module.set_extra_state(state)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Compare bit for bit, so that NaN equals NaN and zero does not equal minus zero."""
-    as_bytes = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(*as_bytes)
+    """Compare bit for bit, so that NaN equals NaN and zero is not minus zero; False where that cannot be done."""
+    if type(one.data) is not Tensor or one.layout is not torch.strided or one.is_quantized or one.is_nested:
+        return False
+    plain = (tensor.detach().resolve_conj().resolve_neg().contiguous().flatten() for tensor in (one, other))
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in plain))

@@ -54,7 +54,7 @@ class Frontier:
 
 
 def within_budget(frontiers: Sequence[Frontier], budget: int) -> list[int]:
-    """Choose the points of least total error whose costs sum to at most ``budget``.
+    """Choose points of small total error whose costs sum to at most ``budget``.
 
     Args:
         frontiers: one for each layer.

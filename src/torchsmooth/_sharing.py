@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 # What every module keeps: its children, parameters, hooks.
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
-_DEEPEST = 8
 
 
 class Sharing:
     """All holders of modules and tensors inside one model.
 
     Besides the tree that torch knows (children, parameters, buffers), a module may keep a layer or a tensor in a plain
-    attribute, alone or inside containers, or as the owner of a bound method.
+    attribute: alone, inside containers or modules outside of the tree, or as the owner of a bound method. Closures and
+    objects of other classes are not looked into.
 
     Args:
         model: any module.
@@ -31,13 +31,15 @@ class Sharing:
     def __init__(self, model: nn.Module) -> None:
         self._modules: dict[nn.Module, str] = {}
         self._tensors: dict[int, list[tuple[int, int, str]]] = {}
+        tree = set(model.modules())
+        seen: dict[int, Any] = {}
         for name, owner in model.named_modules():
             prefix = f"{name}." if name else ""
             for own_name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
                 self._add(tensor, f"{prefix}{own_name}")
             for attribute, value in vars(owner).items():
                 if attribute not in _TORCH_ATTRIBUTES:
-                    for one in _reach(value, _DEEPEST):
+                    for one in _reach(value, seen, tree):
                         if isinstance(one, nn.Module):
                             self._modules[one] = f"also held by the plain attribute {prefix}{attribute}"
                         else:
@@ -72,29 +74,46 @@ class Sharing:
 
 def _span(tensor: Tensor) -> tuple[int, int, int]:
     """Return the storage of a tensor and the bytes of it that it lies over, or stand-ins where it has none."""
-    base = getattr(tensor, "data", tensor)
-    if type(base) is not Tensor or tensor.layout is not torch.strided or not tensor.numel() or not tensor.data_ptr():
+    if type(tensor.data) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
+        return id(tensor), 0, 1
+    if not tensor.numel() or not tensor.data_ptr():
         return id(tensor), 0, 1
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     start = tensor.data_ptr()
     return tensor.untyped_storage().data_ptr(), start, start + reach * tensor.element_size()
 
 
-def _reach(value: Any, depth: int) -> Iterator[Any]:
-    """Yield the modules and tensors that a plain attribute leads to, without entering modules."""
-    inside: Iterable[Any] = ()
-    if isinstance(value, (nn.Module, Tensor)):
-        yield value
-    elif isinstance(value, dict):
-        inside = (*value.keys(), *value.values())
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        inside = value
-    elif isinstance(value, MethodType):
-        inside = (value.__self__,)
-    elif isinstance(value, functools.partial):
-        inside = (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, SimpleNamespace):
-        inside = vars(value).values()
-    if depth:
-        for one in inside:
-            yield from _reach(one, depth - 1)
+def _reach(value: Any, seen: dict[int, Any], tree: set[nn.Module]) -> Iterator[Any]:
+    """Yield the modules of the tree and the tensors that a plain attribute leads to.
+
+    Modules of the tree are not entered: whoever asks them for a child gets the replacement. ``seen`` is shared by all
+    attributes and keeps what it has seen alive, so that no identity is given out twice.
+    """
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, Tensor) or (isinstance(one, nn.Module) and one in tree):
+            yield one
+        elif id(one) not in seen:
+            inside = _contents(one)
+            if inside is not None:
+                seen[id(one)] = one
+                todo.extend(inside)
+
+
+def _contents(value: Any) -> Iterable[Any] | None:
+    """List what a value holds, if it is of a kind that can be looked into."""
+    if isinstance(value, nn.Module):
+        plain = (one for name, one in vars(value).items() if name not in _TORCH_ATTRIBUTES)
+        return (*value._modules.values(), *value._parameters.values(), *value._buffers.values(), *plain)
+    if isinstance(value, dict):
+        return (*value.keys(), *value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, SimpleNamespace):
+        return vars(value).values()
+    return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ._lowrank_layer import LowRankLayer
+from .lowrank import LowRankConv2d, LowRankLinear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,10 +25,27 @@ _HOOKS = (
 )
 
 
+# What the layers themselves keep; anything else a user has put there.
+_STANDARD = frozenset().union(
+    *(
+        vars(layer)
+        for layer in (
+            nn.Linear(1, 1, device="meta"),
+            nn.Conv2d(1, 1, 1, device="meta"),
+            LowRankLinear(1, 1, 1, device="meta"),
+            LowRankConv2d(1, 1, 1, 1, device="meta"),
+        )
+    )
+)
+
+
 def take_over_(new: nn.Module, old: nn.Module) -> None:
-    """Give a replacement the forward and backward hooks and the very bias parameter of the layer it stands in for."""
+    """Give a replacement the hooks, the very bias and the user's own attributes of the layer it stands in for."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
+    for name, value in vars(old).items():
+        if name not in _STANDARD and not name.startswith("_torchsmooth"):
+            new.__dict__.setdefault(name, value)
     bias = old.bias
     if isinstance(bias, nn.Parameter):
         owner = new.up if isinstance(new, LowRankLayer) else new

@@ -22,7 +22,8 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
     """Rebuild the low-rank layers that a state dict was saved from, in place, and load it strictly.
 
     The structure is read off the shapes of the tensors; nothing else has to be saved. Tensors are cast to the dtype and
-    device of the model, as ``load_state_dict`` does. On any error the model is as it was before.
+    device of the model, as ``load_state_dict`` does. On any error the model is as it was before; for that, it needs
+    memory for a second copy of what stays dense while it loads.
 
     Args:
         model: a model built like the one that was compressed, dense (or already of the right structure).
@@ -106,7 +107,9 @@ def _check_state_dict(state_dict: object) -> None:
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise TypeError(f"state_dict must have strings for keys, got {describe(key)}.")
-        if not isinstance(value, Tensor) and not key.endswith("_extra_state"):
+        if isinstance(value, Mapping) or (not isinstance(value, Tensor) and key.endswith((".weight", ".bias"))):
+            if key.endswith("_extra_state"):
+                continue
             nested = " (a whole checkpoint? pass that entry of it)" if isinstance(value, Mapping) else ""
             raise TypeError(f"state_dict must hold tensors, but {key!r} is a {type(value).__name__}{nested}.")
 

@@ -51,7 +51,7 @@ def first_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = Fals
     .. math:: \sum_{axis} \lVert D_{axis} W \rVert_F^2, \qquad (D W)_j = W_{j+1} - W_j
 
     Zero exactly on weights that are constant along the channels; unchanged when the channels are reversed. It acts as a
-    weight decay of strength :math:`2 - 2\cos\omega` on the frequency :math:`\omega` along the channels.
+    weight decay of strength :math:`2\,(2 - 2\cos\omega)` on the frequency :math:`\omega` along the channels.
 
     Args:
         weight: ``(out, in / groups, *kernel)`` (``(in, out / groups, *kernel)`` if ``transposed``), at least two
@@ -84,7 +84,7 @@ def second_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = Fal
     .. math:: \sum_{axis} \lVert D^2_{axis} W \rVert_F^2, \qquad (D^2 W)_j = W_{j+2} - 2 W_{j+1} + W_j
 
     Zero exactly on weights that are affine along each channel axis; unchanged when the channels are reversed. It acts
-    as a weight decay of strength :math:`(2 - 2\cos\omega)^2` on the frequency :math:`\omega` along the channels.
+    as a weight decay of strength :math:`2\,(2 - 2\cos\omega)^2` on the frequency :math:`\omega` along the channels.
 
     Args:
         weight: ``(out, in / groups, *kernel)`` (``(in, out / groups, *kernel)`` if ``transposed``), at least two

@@ -106,7 +106,7 @@ class LayerPlan:
 
     @property
     def relative_error(self) -> float:
-        """‖W − Ŵ‖_F / ‖W‖_F that the singular values predict; 0 if it stays dense."""
+        """‖W − Ŵ‖_F / ‖W‖_F that the singular values and the rounding of the dtype predict; 0 if it stays dense."""
         if self._scheme is None or self._rank is None:
             return 0.0
         return math.sqrt(float(self.options[self._scheme].errors[self._rank]))

@@ -214,10 +214,10 @@ def plan_compression(
 ) -> CompressionPlan:
     r"""Decide which layer gets which scheme and rank, without touching the model.
 
-    With a ratio, ranks are chosen for the whole model at once: they minimise the sum over the layers of the squared
-    relative error :math:`\lVert W - \hat W\rVert_F^2 / \lVert W\rVert_F^2` within the budget of parameters. The
-    budget is exact: never more than ``1 - ratio`` of the model's parameters, and as close below as one more singular
-    triple allows.
+    With a ratio, ranks are chosen for the whole model at once, for a small sum over the layers of the squared relative
+    error :math:`\lVert W - \hat W\rVert_F^2 / \lVert W\rVert_F^2` within the budget of parameters: one Lagrange
+    multiplier, bisected, then what is left over is filled in. The budget is exact: never more than ``1 - ratio`` of the
+    model's parameters, and as close below as one more singular triple allows.
     A layer that would not get smaller stays dense.
 
     Args:
@@ -247,8 +247,7 @@ def plan_compression(
         True
 
     Source: one Lagrange multiplier for ranks under a budget: BALF, 2025 (arXiv 2509.25136); the bisection and the
-    objective
-    here are the library's own.
+    objective here are the library's own.
     """
     check_module(model)
     check_choice(scheme, "scheme", SCHEME_OPTIONS)

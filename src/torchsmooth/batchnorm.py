@@ -1,0 +1,129 @@
+"""BatchNorm statistics estimated anew: what a compressed network feeds its norms is no longer what they remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ._checks import check_initialised, check_module, describe
+
+__all__ = ["recalibrate_batchnorm_"]
+
+
+def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Estimate the running means and variances of all BatchNorm layers anew, in place, without gradients.
+
+    The model runs over the batches with its BatchNorm layers in training mode and everything else (dropout) in eval
+    mode; each statistic becomes the average of its values over the batches. Weights, modes, gradients and the random
+    state are as before afterwards; so are the statistics, if an error occurs on the way.
+
+    Args:
+        model: a model, for instance one that was just compressed.
+        batches: unlabelled inputs on the device of the model, once over: tensors; tuples or lists, of which the first
+            element is the input (so a DataLoader of images and labels will do); or dictionaries of keyword arguments.
+            Each batch should be about as large as in training.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if ``model`` is not a module, ``batches`` cannot be iterated, or a batch is of another kind.
+        ValueError: if the model has no BatchNorm layer with running statistics, there are no batches, or a statistic
+            comes out NaN or infinite.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> inputs = torch.arange(32.0).reshape(8, 4)
+        >>> model = torchsmooth.recalibrate_batchnorm_(model, [inputs])
+        >>> bool(torch.allclose(model[1].running_mean, model[0](inputs).mean(0)))
+        True
+
+    Source: Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", 2023 (arXiv
+    2211.08403), where resetting these statistics mends merged networks; ``torch.optim.swa_utils.update_bn`` does it
+    after averaging.
+    """
+    check_module(model)
+    check_initialised(model)
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be an iterable of inputs, such as [inputs] or a DataLoader, got {describe(batches)}."
+        )
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
+    if not norms:
+        raise ValueError(f"this {type(model).__name__} has no BatchNorm layer with running statistics to estimate.")
+    with torch.no_grad(), _random_state_kept(model), _estimating(model, list(norms.values())):
+        count = 0
+        for batch in batches:
+            _run(model, batch)
+            count += 1
+        if not count:
+            raise ValueError("batches is empty: pass at least one batch (an iterator can be used up only once).")
+        for name, norm in norms.items():
+            if not all(bool(torch.isfinite(one).all()) for one in norm.buffers()):
+                raise ValueError(
+                    f"the statistics of BatchNorm layer {name!r} came out NaN or infinite: look at the inputs, and at "
+                    "the layers before it."
+                )
+    return model
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)) and batch:
+        model(batch[0])
+    elif isinstance(batch, Tensor):
+        model(batch)
+    else:
+        raise TypeError(
+            f"a batch must be a tensor, a tuple or list that begins with the input, or a dict; got {describe(batch)}."
+        )
+
+
+@contextmanager
+def _estimating(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
+    """Put the norms alone in training mode, with fresh statistics; then put back modes, and what an error spoils."""
+    training = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    steps = [
+        (norm.num_batches_tracked, norm.num_batches_tracked.clone())
+        for norm in norms
+        if norm.num_batches_tracked is not None
+    ]
+    try:
+        for module, _ in training:
+            module.training = False
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.training, norm.momentum = True, None  # None: the plain average over the batches
+        yield
+    except BaseException:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        raise
+    finally:
+        for tracked, before in steps:  # not training steps
+            tracked.copy_(before)
+        for module, mode in training:
+            module.training = mode
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the random state of the CPU (a shuffling loader draws from it) and of the model's own devices."""
+    devices = sorted({one.device.index for one in model.parameters() if one.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,117 @@
+"""BatchNorm statistics estimated anew: the right averages, and everything else as before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.networks import mlp, same, small_resnet, snapshot
+from tests.strategies import fill_, randn, seeds
+from torchsmooth import recalibrate_batchnorm_, svd_compress_
+
+IMAGES = randn(24, 3, 16, 16, seed=11, dtype=torch.float32)
+
+
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@given(seeds, st.lists(st.integers(2, 6), min_size=1, max_size=4), st.sampled_from([0.1, 0.9, None]))
+def test_statistics_become_the_averages_over_the_batches(seed, sizes, momentum):
+    model = fill_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum)), seed)
+    batches = [randn(size, 3, 5, 5, seed=seed + number, dtype=torch.float32) for number, size in enumerate(sizes)]
+    recalibrate_batchnorm_(model, iter(batches))
+    with torch.no_grad():
+        outputs = [model[0](batch).double() for batch in batches]
+    mean = sum(one.mean((0, 2, 3)) for one in outputs) / len(outputs)
+    variance = sum(one.var((0, 2, 3)) for one in outputs) / len(outputs)
+    assert torch.allclose(model[1].running_mean.double(), mean, atol=1e-5)
+    assert torch.allclose(model[1].running_var.double(), variance, rtol=1e-4)
+    assert model[1].momentum == momentum
+
+
+def test_one_batch_gives_eval_mode_the_outputs_of_training_mode():
+    model = small_resnet(1)
+    svd_compress_(model, 0.6)
+    recalibrate_batchnorm_(model, [IMAGES])
+    with torch.no_grad():
+        evaluated = model(IMAGES)
+        trained = copy.deepcopy(model).train()(IMAGES)
+    # But for the running variance being the unbiased one.
+    assert torch.allclose(evaluated, trained, rtol=0.1, atol=0.1 * float(trained.abs().max()))
+
+
+def test_nothing_but_the_statistics_changes():
+    model = small_resnet(1)
+    model.layers[2].train()
+    model.fc.weight.requires_grad_(False)
+    dropout = nn.Dropout(0.5)
+    model = nn.Sequential(model, dropout)
+    model.train()
+    torch.manual_seed(3)
+    before, state = snapshot(model), torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, torch.zeros(24)), 8, shuffle=True)
+    assert recalibrate_batchnorm_(model, loader) is model
+    after = snapshot(model)
+    for key in list(after["values"]):
+        if key.endswith(("running_mean", "running_var")):
+            del before["values"][key], after["values"][key]
+    assert same(before, after)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(one.running_mean.requires_grad for one in norms_of(model))
+
+
+def test_tensors_tuples_lists_and_dictionaries_are_batches():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small_resnet(1)
+
+        def forward(self, images):
+            return self.body(images)
+
+    results = []
+    for batch in (IMAGES, (IMAGES, torch.zeros(24)), [IMAGES], {"images": IMAGES}):
+        model = recalibrate_batchnorm_(Named(), [batch])
+        results.append(model.body.bn1.running_mean)
+    assert all(torch.equal(one, results[0]) for one in results)
+
+
+def batches_with(last):
+    yield IMAGES
+    yield last
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (list, ValueError, "batches is empty"),
+        (lambda: iter(()), ValueError, r"an iterator can be used up only once"),
+        (lambda: IMAGES, TypeError, r"batches must be an iterable of inputs, such as \[inputs\] or a DataLoader"),
+        (lambda: {"images": IMAGES}, TypeError, "batches must be an iterable of inputs"),
+        (lambda: 3, TypeError, "batches must be an iterable of inputs, .* got int 3"),
+        (lambda: batches_with("image"), TypeError, "a batch must be a tensor, a tuple or list that begins with"),
+        (lambda: batches_with(()), TypeError, r"or a dict; got tuple \(\)"),
+        (lambda: batches_with(IMAGES[:, :2]), RuntimeError, "channels"),
+        (lambda: batches_with(IMAGES / 0), ValueError, "statistics of BatchNorm layer 'bn1' came out NaN or infinite"),
+    ],
+)
+def test_bad_batches_are_named_and_change_nothing(batches, error, message):
+    model = small_resnet(1)
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        recalibrate_batchnorm_(model, batches())
+    assert same(before, snapshot(model))
+    assert all(one.momentum == 0.1 for one in norms_of(model))
+
+
+@pytest.mark.parametrize("make", [mlp, lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))])
+def test_a_model_without_statistics_is_refused(make):
+    with pytest.raises(ValueError, match="this Sequential has no BatchNorm layer with running statistics"):
+        recalibrate_batchnorm_(make(), [IMAGES])
