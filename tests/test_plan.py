@@ -390,6 +390,13 @@ def test_an_unreachable_ratio_names_the_largest_that_can_be_reached(build):
         plan_compression(model, largest + 1e-4)
 
 
+def test_an_unreachable_ratio_names_the_largest_layer_that_stays_dense():
+    with pytest.raises(
+        ValueError, match="in layers that stay dense, above all 'embedding': Embedding is not supported"
+    ):
+        plan_compression(Tied(), 0.9)
+
+
 @settings(max_examples=10)
 @given(seeds)
 def test_numbers_of_numpy_and_fractions_are_numbers(seed):

@@ -329,10 +329,13 @@ def _check_reachable(ratio: float, total: int, least: int, layers: list[LayerPla
     reachable = 1 - Fraction(least, total)
     digits = next(digits for digits in range(4, 20) if math.floor(reachable * 10**digits))
     most = math.floor(reachable * 10**digits) / 10**digits
-    dense = sum(one.parameters_before for one in layers if not one.options)
+    dense = sorted((one for one in layers if not one.options), key=lambda one: -one.parameters_before)
+    kept = f"{sum(one.parameters_before for one in dense):,} of them in layers that stay dense"
+    if dense:
+        kept += f", above all {dense[0].name or 'the model itself'!r}: {dense[0].reason}"
     raise ValueError(
         f"ratio {ratio} cannot be reached: with rank 1 in every layer that can be compressed, {least:,} of {total:,} "
-        f"parameters are left ({dense:,} of them in layers that stay dense, the rest in factors, biases and norms). "
+        f"parameters are left ({kept}; the rest in factors, biases and norms). "
         f"The largest ratio that can be reached is {most}."
     )
 
