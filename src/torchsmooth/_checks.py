@@ -64,7 +64,7 @@ def check_count(value: object, name: str, most: int, why: str) -> int:
     """Return ``value`` as an int between 1 and ``most``; ``why`` says what the upper bound is."""
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an integer, got {describe(value)}.")
-    count = value.__index__()
+    count = value if isinstance(value, int) else value.__index__()
     if not 1 <= count <= most:
         raise ValueError(f"{name} must lie between 1 and {most} ({why}), got {count}.")
     return count
