@@ -1,10 +1,10 @@
 """The linear algebra under both halves: spectra, truncated factors and polar factors of batches of matrices.
 
-Weights in single or half precision are decomposed through the Gram matrix of their small side in float64: a
-product of float32 entries is exact in float64, and the eigenvalues of that small symmetric matrix carry about
-1e-8 of the largest singular value, below the rounding of the weight itself. It is several times faster than an
-SVD of the whole matrix (see ``benchmarks/decompose.py``). Float64 weights, for which squaring would lose half
-of the digits, take the SVD.
+Weights in single or half precision are decomposed through the Gram matrix of their small side in float64: a product of
+float32 entries is exact in float64, and the eigenvalues of that small symmetric matrix carry about 1e-8 of the largest
+singular value, below the rounding of the weight itself. Against an SVD of the whole matrix that saves the more, the
+wider the matrix (measured by ``benchmarks/decompose.py``). Float64 weights, for which squaring would lose half of the
+digits, take the SVD.
 """
 
 from __future__ import annotations
