@@ -276,7 +276,7 @@ FAILURES = {
     "ratio": (None, {"ratio": 0.9999}, ValueError),
     "argument": (None, {"ratio": 0.5, "scheme": "row"}, ValueError),
     "spectrum": ("torchsmooth.plan.singular_values", {"ratio": 0.8}, RuntimeError),
-    "factors": ("torchsmooth.lowrank.truncated_factors", {"ratio": 0.8}, RuntimeError),
+    "factors": ("torchsmooth._lowrank_layer.truncated_factors", {"ratio": 0.8}, RuntimeError),
     "take_over": ("torchsmooth.plan.take_over_", {"ratio": 0.8}, RuntimeError),
     "swap": ("torchsmooth._swap._put", {"ratio": 0.8}, RuntimeError),
     "interrupt": ("torchsmooth._swap._put", {"ratio": 0.8}, KeyboardInterrupt),
@@ -329,7 +329,7 @@ def test_a_decomposition_that_does_not_converge_names_the_layer(monkeypatch):
     break_after(monkeypatch, "torchsmooth.plan.singular_values", 0, error)
     with pytest.raises(ValueError, match=r"layer '0' could not be decomposed .injected.: leave it out with filter_fn"):
         svd_compress_(mlp(), 0.5)
-    break_after(monkeypatch, "torchsmooth.lowrank.truncated_factors", 0, error)
+    break_after(monkeypatch, "torchsmooth._lowrank_layer.truncated_factors", 0, error)
     with pytest.raises(ValueError, match=r"layer '[024]' could not be decomposed"):
         svd_compress_(mlp(), 0.5)
 

@@ -77,6 +77,12 @@ def check_module(value: object, name: str = "model") -> nn.Module:
     return value
 
 
+def check_filter(value: object) -> None:
+    """Refuse a ``filter_fn`` that cannot be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"filter_fn must be a function of (module, qualified_name), got {describe(value)}.")
+
+
 def check_initialised(model: nn.Module) -> None:
     """Refuse a model with lazy parameters, which have no shape yet."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -35,7 +35,7 @@ SCHEME_OPTIONS = tuple(_OPTIONS)
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How one type of layer becomes low-rank and dense again.
+    """How one type of layer becomes low-rank; the way back is ``LowRankLayer.to_dense``.
 
     Attributes:
         shape: the shape that a layer's weight has by its attributes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ._checks import FLOAT_DTYPES, describe, quoted
-from ._linalg import working_copy
+from ._linalg import truncated_factors, working_copy
 
 if TYPE_CHECKING:
     from ._matricise import Matricisation
@@ -50,19 +51,21 @@ class LowRankLayer(nn.Module):
         bias: nn.Parameter | None = self.up.bias  # type: ignore[assignment]
         return bias
 
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """Merge the factors into the layer of torch that they stand for; this layer is not changed."""
+
     def _factor(self, child: str) -> Tensor:
         weight: Tensor = getattr(self, child).weight
         return weight
 
-    def _set_weights(self, up: Tensor, down: Tensor, memory_format: torch.memory_format) -> None:
-        """Cast the float64 factors once, into the parameters that the children already have."""
-        up_weight, down_weight = self.matricisation.to_layer_weights(up, down)
+    def _fill(self, weight: Tensor) -> None:
+        """Set the factors to the truncated SVD of a weight: cast once, into the parameters that are already there."""
+        factors = truncated_factors(self.matricisation.to_matrices(weight), self.rank)
+        up_weight, down_weight = self.matricisation.to_layer_weights(*factors)
         with torch.no_grad():
-            for child, value in (("up", up_weight), ("down", down_weight)):
-                own = self._factor(child)
-                # Not .contiguous(): of axes of size one it would keep whatever stride they happen to have.
-                cast = torch.empty(value.shape, dtype=own.dtype, device=own.device, memory_format=memory_format)
-                getattr(self, child).weight = nn.Parameter(cast.copy_(value), requires_grad=own.requires_grad)
+            self._factor("up").copy_(up_weight)
+            self._factor("down").copy_(down_weight)
 
 
 def multiply_out(layer: LowRankLayer) -> Tensor:

@@ -107,9 +107,9 @@ def _check_state_dict(state_dict: object) -> None:
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise TypeError(f"state_dict must have strings for keys, got {describe(key)}.")
-        if isinstance(value, Mapping) or (not isinstance(value, Tensor) and key.endswith((".weight", ".bias"))):
-            if key.endswith("_extra_state"):
-                continue
+        if isinstance(value, Tensor) or key.endswith("_extra_state"):
+            continue
+        if isinstance(value, Mapping) or key.endswith((".weight", ".bias")):  # the rest is for torch to judge
             nested = " (a whole checkpoint? pass that entry of it)" if isinstance(value, Mapping) else ""
             raise TypeError(f"state_dict must hold tensors, but {key!r} is a {type(value).__name__}{nested}.")
 

@@ -11,7 +11,6 @@ from ._checks import check_module
 from ._lowrank_layer import LowRankLayer
 from ._sharing import Sharing
 from ._swap import swap_, take_over_
-from .lowrank import LowRankConv2d, LowRankLinear
 from .plan import Allocation, SchemeOption, plan_compression
 
 if TYPE_CHECKING:
@@ -103,13 +102,7 @@ def restore_dense_(model: nn.Module) -> nn.Module:
     Sharing(model).check_replaceable(low_rank)
     replacements: dict[nn.Module, nn.Module] = {}
     for _, module in low_rank:
-        dense: nn.Module
-        if isinstance(module, LowRankLinear):
-            dense = module.to_linear()
-        elif isinstance(module, LowRankConv2d):
-            dense = module.to_conv2d()
-        else:
-            raise TypeError(f"{type(module).__name__} cannot be merged.")
+        dense = module.to_dense()
         take_over_(dense, module)
         replacements[module] = dense
     swap_(model, replacements)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ._checks import check_count, check_values, describe
-from ._linalg import truncated_factors
-from ._lowrank_layer import LowRankLayer, check_source, inherit, memory_format_of, merged, uninitialised
-from ._matricise import Scheme, distinct_schemes, matricise
+from ._checks import check_choice, check_count, check_values, describe
+from ._lowrank_layer import LowRankLayer, check_source, inherit, merged, uninitialised
+from ._matricise import SCHEMES, Scheme, distinct_schemes, matricise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,10 +86,9 @@ class LowRankLinear(LowRankLayer):
             TypeError: if it is not a Linear, or of another dtype.
             ValueError: if the rank is out of range, or the weight is not a plain, finite parameter.
         """
-        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.", cls.shape_of)
-        check_values(weight, type(linear).__name__)
         layer = cls.like(linear, rank)
-        layer._set_weights(*truncated_factors(layer.matricisation.to_matrices(weight), rank), torch.contiguous_format)
+        check_values(linear.weight, type(linear).__name__)
+        layer._fill(linear.weight)
         return layer
 
     @classmethod
@@ -108,8 +106,7 @@ class LowRankLinear(LowRankLayer):
             TypeError: if it is not a Linear, or of another dtype.
             ValueError: if the rank is out of range.
         """
-        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.like.", cls.shape_of)
-        check_count(rank, "rank", min(weight.shape), "the full rank")
+        weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.", cls.shape_of)
         layer = uninitialised(
             cls, linear.in_features, linear.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
         )
@@ -127,6 +124,10 @@ class LowRankLinear(LowRankLayer):
             A layer that computes the same to rounding, with mode, dtype, device and ``requires_grad`` kept.
         """
         return merged(self, nn.Linear, self.in_features, self.out_features)
+
+    def to_dense(self) -> nn.Linear:
+        """Do what :meth:`to_linear` does, under the name that all low-rank layers share."""
+        return self.to_linear()
 
     def extra_repr(self) -> str:
         """Show the sizes, as ``nn.Linear`` does."""
@@ -217,12 +218,12 @@ class LowRankConv2d(LowRankLayer):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.padding_mode = dense.padding, padding_mode
-        self.matricisation = matricise(dense.weight.shape, scheme, groups)
+        check_choice(scheme, "scheme", SCHEMES)
         self.scheme = distinct_schemes(self.kernel_size)[scheme]
+        self.matricisation = matricise(dense.weight.shape, self.scheme, groups)
         self.rank = check_count(
             rank, "rank", self.matricisation.full_rank, f"the full rank of scheme {scheme!r} in each group"
         )
-        self.matricisation = matricise(dense.weight.shape, self.scheme, groups)
 
         def part(channels: tuple[int, int], axes: tuple[int, ...], *, bias: bool) -> nn.Conv2d:
             def on_axes(pair: tuple[int, ...], otherwise: int) -> Any:
@@ -261,11 +262,9 @@ class LowRankConv2d(LowRankLayer):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if the rank is out of range, the scheme unknown, or the weight not a plain, finite parameter.
         """
-        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.", cls.shape_of)
-        check_values(weight, type(conv).__name__)
         layer = cls.like(conv, rank, scheme)
-        factors = truncated_factors(layer.matricisation.to_matrices(weight), rank)
-        layer._set_weights(*factors, memory_format_of(weight))
+        check_values(conv.weight, type(conv).__name__)
+        layer._fill(conv.weight)
         return layer
 
     @classmethod
@@ -284,9 +283,7 @@ class LowRankConv2d(LowRankLayer):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if the rank is out of range, or the scheme unknown.
         """
-        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.like.", cls.shape_of)
-        layout = matricise(weight.shape, scheme, conv.groups)
-        check_count(rank, "rank", layout.full_rank, f"the full rank of scheme {scheme!r} in each group")
+        weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.", cls.shape_of)
         layer = uninitialised(
             cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, scheme=scheme, **_geometry(conv),
             bias=False, device=weight.device, dtype=weight.dtype,
@@ -307,6 +304,10 @@ class LowRankConv2d(LowRankLayer):
         """
         sizes = (self.in_channels, self.out_channels, self.kernel_size)
         return merged(self, nn.Conv2d, *sizes, **_geometry(self))
+
+    def to_dense(self) -> nn.Conv2d:
+        """Do what :meth:`to_conv2d` does, under the name that all low-rank layers share."""
+        return self.to_conv2d()
 
     def extra_repr(self) -> str:
         """Show the sizes, as ``nn.Conv2d`` does."""

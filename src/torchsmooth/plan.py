@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ._budget import uniformly, within_budget, within_error
-from ._checks import check_choice, check_module, check_open_unit, check_values, describe, quoted
+from ._checks import check_choice, check_filter, check_module, check_open_unit, check_values, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
 from ._linalg import LinAlgError, relative_tail_energies, singular_values, working_copy
 from ._lowrank_layer import multiply_out
@@ -261,8 +261,7 @@ def plan_compression(
         ratio = check_open_unit(ratio, "ratio", "the fraction of the model's parameters to remove")
     else:
         max_error = check_open_unit(max_error, "max_error", "the largest relative error of a layer")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be a function of (module, qualified_name), got {describe(filter_fn)}.")
+    check_filter(filter_fn)
 
     layers = [_layer_plan(found, scheme, filter_fn) for found in find_layers(model)]
     total = count_parameters(model)
@@ -302,9 +301,10 @@ def _layer_plan(
     if not reason and filter_fn is not None and not filter_fn(module, found.name):
         reason = _FILTERED
     if reason:
-        shape = tuple(weights_of(module)[0].shape) if weights_of(module) else ()
+        weights = weights_of(module)
+        shape = tuple(weights[0].shape) if weights else ()
         plan = LayerPlan(found.name, type(module).__name__, shape, {}, reason)
-        plan.parameters_before = sum(one.numel() for one in weights_of(module))
+        plan.parameters_before = sum(one.numel() for one in weights)
         return plan
     weight = weight_of(module)
     check_values(weight, found.name)

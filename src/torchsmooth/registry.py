@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, check_initialised, check_module, describe, quoted
+from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, quoted
 from .penalties import Penalty
 
 if TYPE_CHECKING:
@@ -220,8 +220,7 @@ def smooth_(
     """
     check_module(model)
     _check_penalty(penalty)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be a function of (module, qualified_name), got {describe(filter_fn)}.")
+    check_filter(filter_fn)
     check_initialised(model)
     found = [
         (name, module)
