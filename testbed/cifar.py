@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _PIXEL_MEAN = (125.3, 123.0, 113.9)
 _PIXEL_DEVIATION = (63.0, 62.1, 66.7)
 
+# Of ImageNet, in units of 0 … 1: the networks in cifar_resnet were trained with these.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
 
 def shared_data() -> Path:
     """Return the folder of the shared data; it may not exist."""
@@ -56,8 +60,18 @@ def load_images(split: str, count: int) -> tuple[Tensor, Tensor]:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Scale uint8 pixels as the networks in ``resnet18_w16`` expect them."""
-    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (_PIXEL_MEAN, _PIXEL_DEVIATION))
-    return (pixels.float() - mean) / deviation
+    return _standardise(pixels.float(), _PIXEL_MEAN, _PIXEL_DEVIATION)
+
+
+def normalise_imagenet(pixels: Tensor) -> Tensor:
+    """Scale uint8 pixels as the networks in ``cifar_resnet`` expect them: by ImageNet's mean and deviation."""
+    return _standardise(pixels.float() / 255, _IMAGENET_MEAN, _IMAGENET_DEVIATION)
+
+
+def _standardise(images: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """Subtract a mean from each of the three channels and divide by a deviation."""
+    shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, deviation))
+    return (images - shift) / scale
 
 
 @torch.no_grad()
