@@ -60,3 +60,34 @@ def hard_matrices(draw, min_size: int = 1, max_size: int = 12, dtype: torch.dtyp
     """Matrices of all shapes and hard kinds."""
     sizes = st.integers(min_size, max_size)
     return hard_matrix(draw(st.sampled_from(HARD_KINDS)), draw(sizes), draw(sizes), draw(seeds), dtype)
+
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@st.composite
+def convolutions(draw, dtype=torch.float64):
+    """A convolution of any geometry with an input that fits it."""
+    pair = lambda low, high: st.one_of(st.integers(low, high), st.tuples(*[st.integers(low, high)] * 2))  # noqa: E731
+    groups = draw(st.integers(1, 3))
+    depthwise = draw(st.booleans())
+    inside, outside = (1, 1) if depthwise else (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    padding = draw(st.one_of(pair(0, 2), st.sampled_from(["same", "valid"])))
+    conv = torch.nn.Conv2d(
+        groups * inside,
+        groups * outside * (draw(st.integers(1, 3)) if depthwise else 1),
+        draw(pair(1, 5)),
+        stride=1 if padding == "same" else draw(pair(1, 3)),
+        padding=padding,
+        dilation=draw(pair(1, 2)),
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(PADDING_MODES)),
+        dtype=torch.float64,
+    )
+    seed = draw(seeds)
+    fill_(conv, seed)
+    inputs = randn(2, conv.in_channels, draw(st.integers(10, 13)), draw(st.integers(10, 13)), seed=seed + 100)
+    if draw(st.booleans()):
+        conv, inputs = (one.to(memory_format=torch.channels_last) for one in (conv, inputs))
+    return conv.to(dtype), inputs.to(dtype)

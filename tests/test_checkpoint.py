@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, randn, seeds
-from torchsmooth import LowRankLinear, load_compressed_, plan_compression, restore_dense_, svd_compress_
+from torchsmooth import LowRankConv2d, LowRankLinear, load_compressed_, plan_compression, restore_dense_, svd_compress_
 from torchsmooth._matricise import SCHEMES
 
 IMAGES = randn(2, 3, 16, 16, seed=11, dtype=torch.float32)
@@ -56,13 +56,150 @@ def test_every_scheme_kernel_and_group_is_recognised_by_its_shapes(scheme, kerne
     model = build(seed)
     plan = plan_compression(model, 0.3, filter_fn=lambda module, name: name == "1")
     plan.apply_(model)
-    from torchsmooth import LowRankConv2d
-
     model[0] = LowRankConv2d.from_conv2d(model[0], 2, scheme)
     again = load_compressed_(build(seed + 1), model.state_dict())
     assert again[0].scheme == model[0].scheme
     inputs = randn(2, 4 * groups, 7, 9, seed=seed, dtype=torch.float32)
     assert torch.equal(again(inputs), model(inputs))
+
+
+def one_of_each_pivoted(seed):
+    """A linear layer and a convolution in every scheme, all in the pivoted form, between layers that stay dense."""
+    model = dense_for_pivoted(seed)
+    model[0] = LowRankLinear.from_linear(model[0], 5, "pivoted")
+    for place, scheme in enumerate(SCHEMES):
+        model[2][place] = LowRankConv2d.from_conv2d(model[2][place], 2, scheme, "pivoted")
+    return model
+
+
+def dense_for_pivoted(seed):
+    convs = [nn.Conv2d(8, 8, (2, 3), padding=1, groups=2, bias=place != 1) for place in range(4)]
+    parts = [nn.Linear(24, 8 * 4), nn.Unflatten(1, (8, 2, 2)), nn.Sequential(*convs), nn.BatchNorm2d(8)]
+    return fill_(nn.Sequential(*parts, nn.Conv2d(8, 3, 1)), seed).eval()
+
+
+@pytest.mark.parametrize("travel", [through_torch_save, through_safetensors])
+@given(seeds)
+@settings(max_examples=5)
+def test_layers_in_the_pivoted_form_come_back_bit_for_bit(travel, tmp_path_factory, seed):
+    model = one_of_each_pivoted(seed)
+    inputs = randn(3, 24, seed=seed, dtype=torch.float32)
+    state = travel(model.state_dict(), tmp_path_factory.mktemp("travel"))
+    for fresh in (dense_for_pivoted(seed + 1), one_of_each_pivoted(seed + 2)):
+        again = load_compressed_(fresh, state)
+        assert torch.equal(again(inputs), model(inputs))
+        assert repr(again) == repr(model)
+        assert all(torch.equal(one, state[name]) for name, one in again.state_dict().items())
+    wide = {name: one.long() if name.endswith("order") else one for name, one in state.items()}
+    again = load_compressed_(dense_for_pivoted(seed + 1), wide)
+    assert torch.equal(again(inputs), model(inputs))
+    assert {one.dtype for name, one in again.state_dict().items() if name.endswith("order")} == {torch.int32}
+    restored = restore_dense_(again)
+    assert torch.allclose(restored(inputs), model(inputs), atol=1e-5)
+    plain = load_compressed_(dense_for_pivoted(seed + 3), restored.state_dict())
+    assert torch.equal(plain(inputs), restored(inputs))
+
+
+def test_bias_flags_and_hooks_stay_with_a_layer_that_becomes_pivoted():
+    fresh = dense_for_pivoted(1).requires_grad_(False)
+    fresh[0].bias.requires_grad_(True)
+    biases = fresh[0].bias, fresh[2][2].bias
+    calls = []
+    fresh[0].register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
+    load_compressed_(fresh, one_of_each_pivoted(0).state_dict())
+    fresh(torch.zeros(1, 24))
+    assert calls == [LowRankLinear]
+    assert fresh[0].merge.bias is biases[0]
+    assert fresh[2][2].up.bias is biases[1]
+    assert [name for name, parameter in fresh.named_parameters() if parameter.requires_grad] == ["0.merge.bias"]
+
+
+def pivoted_state(**changes):
+    state = dict(one_of_each_pivoted(0).state_dict())
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value(state.get(name)) if callable(value) else value
+    return state
+
+
+def exchanged(one, other):
+    """Exchange two entries of an order."""
+
+    def change(order):
+        order = order.clone()
+        order[[one, other]] = order[[other, one]]
+        return order
+
+    return change
+
+
+BAD_PIVOTED = {
+    "order_missing": (
+        {"0__merge__order": None},
+        r"holds layer '0' in the pivoted form, with '0.up.weight' of shape \(27, 5\), but not '0.merge.order'",
+    ),
+    "order_of_an_input_scheme_missing": ({"2__1__split__order": None}, "but not '2.1.split.order': part of the layer"),
+    "order_of_a_spatial_scheme_missing": ({"2__3__up__order": None}, "but not '2.3.up.order': part of the layer"),
+    "factor_missing": ({"0__up__weight": None}, "holds '0.down.weight' but not '0.up.weight': half of layer '0'"),
+    "nothing_but_an_order": (
+        {"0__up__weight": None, "0__down__weight": None},
+        "holds '0.merge.order' but not '0.down.weight': half of layer '0' is missing",
+    ),
+    "order_beside_the_dense_layer": (
+        {"4__merge__order": torch.arange(3)},
+        "holds '4.merge.order' but not '4.down.weight'",
+    ),
+    "order_of_the_factored_form": (
+        {"0__up__weight": torch.zeros(32, 5)},
+        'Unexpected key.*"0.merge.order"',
+    ),
+    "bias_missing": ({"0__merge__bias": None}, 'Missing key.*"0.merge.bias"'),
+    "bias_elsewhere": ({"0__up__bias": torch.zeros(27)}, 'Unexpected key.*"0.up.bias"'),
+    "two_orders": ({"0__split__order": torch.arange(24)}, 'Unexpected key.*"0.split.order"'),
+    "order_of_another_scheme": (
+        {"2__0__split__order": torch.arange(8), "2__0__merge__order": None},
+        "but not '2.0.merge.order'",
+    ),
+    "rank_contradicts": (
+        {"0__up__weight": torch.zeros(26, 5)},
+        r"'0.down.weight' of shape \(5, 24\) and '0.up.weight' of shape \(26, 5\) are no factors of the weight",
+    ),
+    "full_rank": (
+        {"0__down__weight": torch.zeros(24, 24), "0__up__weight": torch.zeros(8, 24)},
+        "are no factors of the weight of layer '0'",
+    ),
+    "floating_order": (
+        {"0__merge__order": torch.arange(32.0)},
+        r"'0.merge.order' is no order of pivots for layer '0': expected 32 integers, got shape .* of torch.float32",
+    ),
+    "short_order": ({"0__merge__order": torch.arange(31)}, r"for layer '0': expected 32 integers, got shape \(31,\)"),
+    "list_order": ({"0__merge__order": list(range(32))}, "for layer '0': expected a tensor of 32 integers, got list"),
+    "repeated_order": (
+        {"2__3__up__order": lambda order: order.clamp_min(1)},
+        "'2.3.up.order' is no order of pivots for layer '2.3': expected each number from 0 to 15 once",
+    ),
+    "order_out_of_range": ({"2__1__split__order": lambda order: order + 1}, "each number from 0 to 7 once"),
+    "negative_order": ({"0__merge__order": lambda order: -order}, "each number from 0 to 31 once"),
+    "pivots_of_the_other_group": (
+        {"2__1__split__order": exchanged(0, 3)},
+        "'2.1.split.order' is no order of pivots for layer '2.1': expected 2 pivots from each of 2 groups of 4",
+    ),
+    "rows_of_the_other_group": ({"2__2__up__order": exchanged(0, -1)}, "pivots from each of 2 groups of 12"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PIVOTED)
+@pytest.mark.parametrize("build", [dense_for_pivoted, one_of_each_pivoted])
+def test_a_pivoted_state_that_does_not_fit_names_its_keys_and_changes_nothing(case, build):
+    changes, message = BAD_PIVOTED[case]
+    model = build(1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message if build is dense_for_pivoted else "the state dict does not fit|half"):
+        load_compressed_(model, pivoted_state(**changes))
+    assert same(before, snapshot(model))
 
 
 @pytest.mark.parametrize("build", [Tied, Shared])
@@ -149,7 +286,7 @@ def test_neither_the_state_dict_nor_the_random_state_is_touched():
 
 def compressed_state(**changes):
     model = mlp(1)
-    svd_compress_(model, 0.5)
+    svd_compress_(model, 0.5, form="factored")
     state = dict(model.state_dict())
     for key, value in changes.items():
         name = key.replace("__", ".")
@@ -188,13 +325,9 @@ BAD_STATES = {
     ),
     "missing_bias": (lambda: compressed_state(**{"0__up__bias": None}), ValueError, 'Missing key.*"0.up.bias"'),
     "missing_layer": (
-        lambda: (
-            compressed_state(**{"4__down__weight": None, "4__up__weight": None, "4__up__bias": None})
-            if isinstance(_compressed()[4], LowRankLinear)
-            else compressed_state(**{"4__weight": None})
-        ),
+        lambda: compressed_state(**{"2__down__weight": None, "2__up__weight": None, "2__up__bias": None}),
         ValueError,
-        'Missing key.*"4.weight"',
+        'Missing key.*"2.weight"',
     ),
     "wrong_bias": (
         lambda: compressed_state(**{"0__up__bias": torch.zeros(5)}),
@@ -219,12 +352,6 @@ BAD_STATES = {
     "path": (lambda: "small.pt", TypeError, "must be a mapping from names to tensors, got str 'small.pt'"),
     "keys": (lambda: {3: torch.zeros(3)}, TypeError, "must have strings for keys, got int 3"),
 }
-
-
-def _compressed():
-    model = mlp(1)
-    svd_compress_(model, 0.5)
-    return model
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
@@ -332,7 +459,7 @@ AWKWARD_BUFFERS = {
 @pytest.mark.parametrize("kind", AWKWARD_BUFFERS)
 def test_a_failed_load_is_undone_beside_buffers_of_every_kind(kind):
     model = mlp(1)
-    svd_compress_(model, 0.5)
+    svd_compress_(model, 0.5, form="factored")
     state = dict(model.state_dict()) | {"extra": torch.ones(3)}
     fresh = mlp(2)
     bias = fresh[0].bias.detach().clone()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.reference.lowrank import group_matrices, tail_energy, truncated_weight
-from tests.strategies import HARD_KINDS, fill_, hard_matrix, randn, seeds
+from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn, seeds
 from torchsmooth import LowRankConv2d, LowRankLinear
 from torchsmooth._matricise import SCHEMES
 
@@ -23,7 +23,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
 # torch says so of the dense convolution as well.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def norm(tensor):
@@ -32,34 +31,6 @@ def norm(tensor):
 
 def relative(found, expected):
     return norm(found.detach().double() - expected.detach().double()) / max(norm(expected), 1e-300)
-
-
-@st.composite
-def convolutions(draw, dtype=torch.float64):
-    """A convolution of any geometry with an input that fits it."""
-    pair = lambda low, high: st.one_of(st.integers(low, high), st.tuples(*[st.integers(low, high)] * 2))  # noqa: E731
-    groups = draw(st.integers(1, 3))
-    depthwise = draw(st.booleans())
-    inside, outside = (1, 1) if depthwise else (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
-    padding = draw(st.one_of(pair(0, 2), st.sampled_from(["same", "valid"])))
-    conv = nn.Conv2d(
-        groups * inside,
-        groups * outside * (draw(st.integers(1, 3)) if depthwise else 1),
-        draw(pair(1, 5)),
-        stride=1 if padding == "same" else draw(pair(1, 3)),
-        padding=padding,
-        dilation=draw(pair(1, 2)),
-        groups=groups,
-        bias=draw(st.booleans()),
-        padding_mode=draw(st.sampled_from(PADDING_MODES)),
-        dtype=torch.float64,
-    )
-    seed = draw(seeds)
-    fill_(conv, seed)
-    inputs = randn(2, conv.in_channels, draw(st.integers(10, 13)), draw(st.integers(10, 13)), seed=seed + 100)
-    if draw(st.booleans()):
-        conv, inputs = (one.to(memory_format=torch.channels_last) for one in (conv, inputs))
-    return conv.to(dtype), inputs.to(dtype)
 
 
 def dense_with(conv, weight):

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.reference.lowrank import ROW_AXES, group_matrices, weight_from_matrices
 from tests.strategies import randn, seeds
-from torchsmooth._matricise import SCHEMES, channel_view, distinct_schemes, matricise
+from torchsmooth._matricise import FORMS, SCHEMES, channel_view, distinct_schemes, matricise
 
 sizes = st.integers(1, 4)
 
@@ -57,6 +57,54 @@ def test_factors_come_back_from_layer_weights_of_the_announced_shapes(shape_and_
     assert torch.equal(again[1], down)
 
 
+@given(shapes(), st.sampled_from(SCHEMES), st.sampled_from(FORMS), st.integers(1, 3), seeds)
+def test_stored_factors_of_either_form_come_back_from_layer_weights(shape_and_groups, scheme, form, rank, seed):
+    shape, groups = shape_and_groups
+    layout = matricise(shape, scheme, groups)
+    assume(rank <= layout.largest_rank(form))
+    fewer = rank if form == "pivoted" else 0
+    left, right = (0, fewer) if layout.pivots_columns else (fewer, 0)
+    up = randn(groups, layout.rows - left, rank, seed=seed)
+    down = randn(groups, rank, layout.columns - right, seed=seed + 1)
+    weights = layout.to_layer_weights(up, down, form)
+    assert tuple(tuple(one.shape) for one in weights) == layout.layer_shapes(rank, form)
+    assert sum(one.numel() for one in weights) == layout.parameters(rank, form) == up.numel() + down.numel()
+    again = layout.to_factors(*weights, form)
+    assert torch.equal(again[0], up)
+    assert torch.equal(again[1], down)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_pivoted_layers_are_smaller_than_dense_at_every_rank_below_the_full(scheme):
+    for shape, groups in (((6, 4, 3, 2), 1), ((6, 4, 3, 2), 3), ((8, 8, 1, 1), 1), ((4, 1, 5, 5), 4)):
+        layout = matricise(shape, scheme, groups)
+        ranks = torch.arange(layout.full_rank + 1)
+        for form in FORMS:
+            costs = layout.parameters(ranks, form)
+            assert costs.tolist() == [layout.parameters(rank, form) for rank in ranks.tolist()]
+            assert costs.dtype == torch.int64
+        costs = layout.parameters(ranks, "pivoted")
+        assert bool((costs[:-1] < layout.dense_parameters).all())
+        assert int(costs[-1]) == layout.dense_parameters
+        assert torch.equal(layout.parameters(ranks, "factored"), ranks * layout.triple_parameters)
+        assert layout.largest_rank("pivoted") == layout.largest_rank("factored") - 1 == layout.full_rank - 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "children"),
+    [
+        ((6, 4), ["merge"]),
+        ((6, 4, 1, 1), ["merge"] * 4),
+        ((6, 4, 3, 3), ["merge", "split", "up", "up"]),
+        ((6, 4, 3, 1), ["merge", "split", "merge", "split"]),
+        ((6, 4, 1, 3), ["merge", "split", "split", "merge"]),
+    ],
+)
+def test_pivots_are_output_channels_input_channels_or_rows(shape, children):
+    schemes = SCHEMES if len(shape) == 4 else SCHEMES[:1]
+    assert [matricise(shape, scheme).order_child for scheme in schemes] == children
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_channels_last_and_other_strides_change_nothing(scheme):
     weight = randn(4, 3, 2, 5, seed=0)
@@ -88,6 +136,17 @@ def test_layer_shapes_tell_the_distinct_schemes_apart(shape_and_groups, rank):
     shape, groups = shape_and_groups
     names = set(distinct_schemes(shape[2:]).values())
     assert len({matricise(shape, scheme, groups).layer_shapes(rank) for scheme in names}) == len(names)
+
+
+@given(shapes(), st.integers(1, 6), st.integers(1, 6))
+def test_layer_shapes_tell_the_forms_apart(shape_and_groups, rank, other_rank):
+    shape, groups = shape_and_groups
+    layouts = [matricise(shape, scheme, groups) for scheme in set(distinct_schemes(shape[2:]).values())]
+    factored = {one.layer_shapes(rank) for one in layouts if rank <= one.largest_rank("factored")}
+    pivoted = {one.layer_shapes(other_rank, "pivoted") for one in layouts if other_rank <= one.largest_rank("pivoted")}
+    assert not factored & pivoted
+    # Of the spatial schemes, up is a matrix in both; down tells which one it is.
+    assert len(pivoted) == sum(other_rank <= one.largest_rank("pivoted") for one in layouts)
 
 
 def test_every_scheme_has_a_reference():

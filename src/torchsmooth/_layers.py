@@ -8,14 +8,14 @@ so it stays dense, and :func:`find_layers` says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import check_initialised
 from ._lowrank_layer import LowRankLayer, why_not_plain
-from ._matricise import SCHEMES, Matricisation, Scheme, distinct_schemes, matricise
+from ._matricise import SCHEMES, Form, Matricisation, Scheme, distinct_schemes, matricise
 from ._sharing import Sharing
 from .lowrank import LowRankConv2d, LowRankLinear
 
@@ -33,6 +33,21 @@ _OPTIONS: dict[str, tuple[Scheme, ...]] = {
 SCHEME_OPTIONS = tuple(_OPTIONS)
 
 
+class Maker(Protocol):
+    """Makes a low-rank layer out of a dense one."""
+
+    def __call__(self, layer: Any, rank: int, scheme: Scheme, form: Form = "factored", /) -> LowRankLayer:
+        """Make a layer of a rank, in a scheme and a form."""
+
+
+def _factorise_linear(layer: Any, rank: int, _: Scheme, form: Form = "factored") -> LowRankLinear:
+    return LowRankLinear.from_linear(layer, rank, form)
+
+
+def _like_linear(layer: Any, rank: int, _: Scheme, form: Form = "factored") -> LowRankLinear:
+    return LowRankLinear.like(layer, rank, form)
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """How one type of layer becomes low-rank; the way back is ``LowRankLayer.to_dense``.
@@ -40,14 +55,14 @@ class LayerKind:
     Attributes:
         shape: the shape that a layer's weight has by its attributes.
         groups: number of groups of a layer.
-        factorise: ``(layer, rank, scheme)`` to a low-rank layer holding the truncated SVD.
-        like: ``(layer, rank, scheme)`` to a low-rank layer whose factors are still to be filled in.
+        factorise: ``(layer, rank, scheme, form)`` to a low-rank layer holding the truncated SVD.
+        like: ``(layer, rank, scheme, form)`` to a low-rank layer whose factors are still to be filled in.
     """
 
     shape: Callable[[Any], tuple[int, ...]]
     groups: Callable[[Any], int]
-    factorise: Callable[[Any, int, Scheme], LowRankLayer]
-    like: Callable[[Any, int, Scheme], LowRankLayer]
+    factorise: Maker
+    like: Maker
 
     def matricisations(self, layer: nn.Module, option: str = "auto") -> dict[Scheme, Matricisation]:
         """Return the different matricisations that an option allows for a layer's weight, by scheme."""
@@ -62,8 +77,8 @@ KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(
         shape=LowRankLinear.shape_of,
         groups=lambda _: 1,
-        factorise=lambda layer, rank, _: LowRankLinear.from_linear(layer, rank),
-        like=lambda layer, rank, _: LowRankLinear.like(layer, rank),
+        factorise=_factorise_linear,
+        like=_like_linear,
     ),
     nn.Conv2d: LayerKind(
         shape=LowRankConv2d.shape_of,

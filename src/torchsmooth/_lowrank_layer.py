@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ._checks import FLOAT_DTYPES, describe, quoted
-from ._linalg import truncated_factors, working_copy
+from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, quoted
+from ._linalg import balanced, truncated_factors, working_copy
+from ._matricise import FORMS
+from ._pivoted_modules import Ordered
+from ._pivoting import pivoted_rows, with_identity
 
 if TYPE_CHECKING:
-    from ._matricise import Matricisation
+    from ._matricise import Form, Matricisation
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -31,12 +34,23 @@ class LowRankLayer(nn.Module):
 
     down: nn.Module
     up: nn.Module
+    merge: nn.Module
+    split: nn.Module
     rank: int
+    form: Form
     matricisation: Matricisation
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """Apply ``down``, then ``up``."""
-        output: Tensor = self.up(self.down(input))
+        """Apply ``down``, then ``up``; in the pivoted form, the pivots go past one of them."""
+        output: Tensor
+        if "merge" in self._modules:
+            pivots = self.down(input)
+            output = self.merge(pivots, self.up(pivots))
+        elif "split" in self._modules:
+            pivots, others = self.split(input)
+            output = self.up(pivots + self.down(others))
+        else:
+            output = self.up(self.down(input))
         return output
 
     @property
@@ -47,34 +61,102 @@ class LowRankLayer(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The bias, which ``up`` owns."""
-        bias: nn.Parameter | None = self.up.bias  # type: ignore[assignment]
+        """The bias, which ``up`` owns; where there is one, ``merge``."""
+        bias: nn.Parameter | None = self.bias_owner.bias  # type: ignore[assignment]
         return bias
+
+    @property
+    def bias_owner(self) -> nn.Module:
+        """The child that holds the bias."""
+        return self._modules.get("merge") or self.up
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the two matrices of every group whose product the layer stands for, whole in either form.
+
+        Returns:
+            ``(groups, rows, rank)`` and ``(groups, rank, columns)`` in float32 or better, differentiable. In the
+            pivoted form one of them holds the rows or columns of the identity.
+
+        Example:
+            >>> import torch, torchsmooth
+            >>> layer = torchsmooth.LowRankLinear.from_linear(torch.nn.Linear(20, 10), rank=4, form="pivoted")
+            >>> up, down = layer.factors()
+            >>> torch.allclose(up[0] @ down[0], layer.weight), up.shape, layer.up.weight.shape
+            (True, torch.Size([1, 10, 4]), torch.Size([6, 4]))
+        """
+        up, down = self._factor("up"), self._factor("down")
+        wide = torch.promote_types(up.dtype, torch.float32)
+        up, down = self.matricisation.to_factors(up.to(wide), down.to(wide), self.form)
+        if self.form == "factored":
+            return up, down
+        places, groups = self._ordered.order_places(), self.matricisation.groups
+        if self.matricisation.pivots_columns:
+            return up, with_identity(down.mT, places, groups, self.rank).mT
+        return with_identity(up, places, groups, self.rank), down
+
+    @torch.no_grad()
+    def set_factors_(self, up: Tensor, down: Tensor) -> None:
+        """Store a product in the layer's own form: computed in float64, cast once, into the parameters that are there.
+
+        Args:
+            up: ``(groups, rows, rank)``, any floating dtype, finite.
+            down: ``(groups, rank, columns)``, any floating dtype, finite.
+
+        Raises:
+            ValueError: if a shape is not that, or a value NaN or infinite.
+
+        Example:
+            >>> import torch, torchsmooth
+            >>> layer = torchsmooth.LowRankLinear(20, 10, rank=1, form="pivoted")
+            >>> layer.set_factors_(torch.ones(1, 10, 1), torch.ones(1, 1, 20))
+            >>> torch.equal(layer.weight, torch.ones(10, 20))
+            True
+        """
+        layout = self.matricisation
+        shapes = (layout.groups, layout.rows, self.rank), (layout.groups, self.rank, layout.columns)
+        if (tuple(up.shape), tuple(down.shape)) != shapes:
+            came = f"{tuple(up.shape)} and {tuple(down.shape)}"
+            raise ValueError(f"expected factors of shapes {shapes[0]} and {shapes[1]}, got {came}.")
+        up, down = working_copy(up), working_copy(down)
+        if not bool(up.isfinite().all() & down.isfinite().all()):
+            raise ValueError("expected finite factors, got NaN or infinite values.")
+        if self.form == "factored":
+            up, down = balanced(up, down)
+        else:
+            columns = layout.pivots_columns
+            pivots, others, free, kept = pivoted_rows(down.mT, up.mT) if columns else pivoted_rows(up, down)
+            up, down = (kept.mT, free.mT) if columns else (free, kept)
+            self._ordered.set_pivots_(pivots, others)
+        for child, values in zip(("up", "down"), layout.to_layer_weights(up, down, self.form), strict=True):
+            limit = torch.finfo(self._factor(child).dtype).max  # an approximation of finite weights may pass it
+            self._factor(child).copy_(values.clamp(-limit, limit))
 
     @abstractmethod
     def to_dense(self) -> nn.Module:
         """Merge the factors into the layer of torch that they stand for; this layer is not changed."""
 
+    def _form_repr(self) -> str:
+        return "" if self.form == "factored" else f", form={self.form}"
+
     def _factor(self, child: str) -> Tensor:
         weight: Tensor = getattr(self, child).weight
         return weight
 
+    @property
+    def _ordered(self) -> Ordered:
+        ordered: Ordered = getattr(self, self.matricisation.order_child)
+        return ordered
+
     def _fill(self, weight: Tensor) -> None:
-        """Set the factors to the truncated SVD of a weight: cast once, into the parameters that are already there."""
-        factors = truncated_factors(self.matricisation.to_matrices(weight), self.rank)
-        up_weight, down_weight = self.matricisation.to_layer_weights(*factors)
-        with torch.no_grad():
-            self._factor("up").copy_(up_weight)
-            self._factor("down").copy_(down_weight)
+        """Set the factors to the truncated SVD of a weight."""
+        self.set_factors_(*truncated_factors(self.matricisation.to_matrices(weight), self.rank))
 
 
 def multiply_out(layer: LowRankLayer) -> Tensor:
     """Return the weight that a low-rank layer stands for, in float32 or better."""
-    up, down = layer._factor("up"), layer._factor("down")
-    wide = torch.promote_types(up.dtype, torch.float32)
-    with torch.autocast(up.device.type, enabled=False):
-        factors = layer.matricisation.to_factors(up.to(wide), down.to(wide))
-        return layer.matricisation.to_weight(factors[0] @ factors[1])
+    with torch.autocast(layer._factor("up").device.type, enabled=False):
+        up, down = layer.factors()
+        return layer.matricisation.to_weight(up @ down)
 
 
 def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
@@ -107,6 +189,20 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
         return "it has state-dict hooks, which expect the key 'weight'"
     patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
     return f"its {patched[0]} was replaced on this instance" if patched else ""
+
+
+def check_rank(rank: object, matricisation: Matricisation, form: Form, whole: str) -> int:
+    """Return a rank as an int if the form can have it; ``whole`` names the full rank in the error."""
+    check_choice(form, "form", FORMS)
+    most = matricisation.largest_rank(form)
+    if form == "pivoted":
+        if most == 0:
+            raise ValueError(
+                "form 'pivoted' needs a matrix with at least two rows and two columns, got one of "
+                f"{matricisation.rows} × {matricisation.columns}: leave the layer dense."
+            )
+        whole = f"one less than {whole}, at which the pivoted form is the dense weight itself"
+    return check_count(rank, "rank", most, whole)
 
 
 def check_source(module: nn.Module, expected: type[nn.Module], advice: str, shape_of: Any) -> nn.Parameter:
@@ -144,13 +240,16 @@ def inherit(layer: _Layer, dense: nn.Module, weight: nn.Parameter) -> _Layer:
     bias = dense._parameters.get("bias")
     if bias is not None:
         copied = bias.detach().clone().to(weight.device)
-        layer.up.register_parameter("bias", nn.Parameter(copied, requires_grad=bias.requires_grad))
+        layer.bias_owner.register_parameter("bias", nn.Parameter(copied, requires_grad=bias.requires_grad))
     return layer
 
 
 def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     """Build a module without drawing random numbers for parameters that are replaced at once."""
     layer: _Module = skip_init(cls, *args, **kwargs)  # type: ignore[no-untyped-call]
+    for child in layer.children():
+        if isinstance(child, Ordered):  # unlike a factor that is still to come, an order must never be garbage
+            child.reset_order_()
     return layer
 
 
@@ -166,10 +265,9 @@ def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -
     dense: Any = uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
     bias = layer.bias
     with torch.no_grad():
-        up, down = (working_copy(factor) for factor in (own, layer._factor("down")))
-        factors = layer.matricisation.to_factors(up, down)
+        up, down = (working_copy(factor) for factor in layer.factors())
         limit = torch.finfo(own.dtype).max  # a product of finite factors may pass that of float16
-        weight = layer.matricisation.to_weight(factors[0] @ factors[1]).clamp(-limit, limit).to(own)
+        weight = layer.matricisation.to_weight(up @ down).clamp(-limit, limit).to(own)
         last = any(memory_format_of(layer._factor(child)) is torch.channels_last for child in ("up", "down"))
         weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         dense.weight = nn.Parameter(weight, requires_grad=own.requires_grad)

@@ -15,23 +15,31 @@ scheme                   rows                columns             the two convolu
 
 A linear layer has no kernel axes, so its weight is the matrix. Groups are a batch of matrices: each is factored
 on its own, since a grouped weight flattened as one matrix mixes channels that never meet.
+
+A product of rank r is stored in one of two forms. ``factored`` keeps both factors whole, r(m + n) numbers. ``pivoted``
+picks r rows, the pivots, and keeps them as they are: the other m - r rows are combinations of them, so that one factor
+is smaller by r × r, r(m + n - r) numbers in all. Under ``input`` the pivots are columns: input channels.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+from torch import Tensor
 
 from ._checks import check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
 Scheme = Literal["channel", "input", "spatial", "spatial_transposed"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+Form = Literal["factored", "pivoted"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+_Ranks = TypeVar("_Ranks", int, Tensor)
 
 
 def channel_view(weight: Tensor, groups: int = 1, *, transposed: bool = False) -> Tensor:
@@ -94,6 +102,31 @@ class Matricisation:
         """Entries of the factors for each unit of rank."""
         return self.groups * (self.rows + self.columns)
 
+    def largest_rank(self, form: Form) -> int:
+        """The largest rank of a form; with all rows as pivots, the pivoted one would be the dense weight itself."""
+        return self.full_rank - 1 if form == "pivoted" else self.full_rank
+
+    def parameters(self, rank: _Ranks, form: Form) -> _Ranks:
+        """Entries of the factors at a rank, or at each of a tensor of ranks."""
+        saved = rank if form == "pivoted" else 0 * rank
+        return self.groups * rank * (self.rows + self.columns - saved)
+
+    @property
+    def order_child(self) -> Literal["merge", "split", "up"]:
+        """The child of a pivoted layer that says which of the rows or columns are the pivots.
+
+        Where rows are output channels, ``merge`` puts those that ``down`` computes among the others; where columns are
+        input channels, ``split`` takes the pivots out. Rows that are neither are put together inside ``up``.
+        """
+        if self.rows == self.out_channels:
+            return "merge"
+        return "split" if self.columns == self.in_channels else "up"
+
+    @property
+    def pivots_columns(self) -> bool:
+        """Whether the pivots are columns; rows otherwise."""
+        return self.order_child == "split"
+
     def to_matrices(self, weight: Tensor) -> Tensor:
         """Reshape a weight ``(out, in / groups, *kernel)`` to ``(groups, rows, columns)``."""
         grouped = weight.reshape(self.groups, self.out_channels, self.in_channels, *self.kernel)
@@ -112,26 +145,38 @@ class Matricisation:
         shape = (self.groups * self.out_channels, self.in_channels, *self.kernel)
         return split.permute(order).reshape(shape)
 
-    def to_layer_weights(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn factors ``(groups, rows, rank)``, ``(groups, rank, columns)`` into weights of ``up`` and ``down``."""
+    def to_layer_weights(self, up: Tensor, down: Tensor, form: Form = "factored") -> tuple[Tensor, Tensor]:
+        """Turn stored factors into weights of ``up`` and ``down``.
+
+        Args:
+            up: ``(groups, rows, rank)``, or ``(groups, rows - rank, rank)`` where the pivots are rows.
+            down: ``(groups, rank, columns)``, or ``(groups, rank, columns - rank)`` where the pivots are columns.
+            form: which of the two.
+        """
         rank = up.shape[-1]
-        up_sizes = [self.kernel[axis] for axis in self.up_axes]
-        split = up.reshape(self.groups, self.out_channels, *up_sizes, rank)
-        up_shape, down_shape = self.layer_shapes(rank)
-        return split.movedim(-1, 2).reshape(up_shape), down.reshape(down_shape)
+        up_shape, down_shape = self.layer_shapes(rank, form)
+        if form == "factored" or self.pivots_columns:
+            up_sizes = [self.kernel[axis] for axis in self.up_axes]
+            up = up.reshape(self.groups, self.out_channels, *up_sizes, rank).movedim(-1, 2)
+        return up.reshape(up_shape), down.reshape(down_shape)
 
-    def layer_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def layer_shapes(self, rank: int, form: Form = "factored") -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of the weights of ``up`` and ``down`` at a rank."""
-        up = (self.groups * self.out_channels, rank, *self._kernel_of(self.up_axes))
-        return up, (self.groups * rank, self.in_channels, *self._kernel_of(self.down_axes))
+        up_kernel, down_kernel = self._kernel_of(self.up_axes), self._kernel_of(self.down_axes)
+        outputs, inputs = self.out_channels, self.in_channels
+        if form == "pivoted":
+            if self.order_child == "up":  # free rows, of which only some kernel positions belong to an output channel
+                return (self.groups * (self.rows - rank), rank), (self.groups * rank, inputs, *down_kernel)
+            outputs, inputs = (outputs, inputs - rank) if self.pivots_columns else (outputs - rank, inputs)
+        return (self.groups * outputs, rank, *up_kernel), (self.groups * rank, inputs, *down_kernel)
 
-    def to_factors(self, up_weight: Tensor, down_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def to_factors(self, up_weight: Tensor, down_weight: Tensor, form: Form = "factored") -> tuple[Tensor, Tensor]:
         """Undo :meth:`to_layer_weights`."""
         rank = up_weight.shape[1]
-        up_sizes = [self.kernel[axis] for axis in self.up_axes]
-        split = up_weight.reshape(self.groups, self.out_channels, rank, *up_sizes)
-        up = split.movedim(2, -1).reshape(self.groups, self.rows, rank)
-        return up, down_weight.reshape(self.groups, rank, self.columns)
+        if form == "factored" or self.pivots_columns:
+            up_sizes = [self.kernel[axis] for axis in self.up_axes]
+            up_weight = up_weight.reshape(self.groups, self.out_channels, rank, *up_sizes).movedim(2, -1)
+        return up_weight.reshape(self.groups, -1, rank), down_weight.reshape(self.groups, rank, -1)
 
     def _kernel_of(self, axes: Sequence[int]) -> list[int]:
         return [size if axis in axes else 1 for axis, size in enumerate(self.kernel)]

@@ -44,11 +44,12 @@ def take_over_(new: nn.Module, old: nn.Module) -> None:
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
     for name, value in vars(old).items():
-        if name not in _STANDARD and not name.startswith("_torchsmooth"):
+        # One by the name of a child would hide it.
+        if name not in _STANDARD and name not in new._modules and not name.startswith("_torchsmooth"):
             new.__dict__.setdefault(name, value)
     bias = old.bias
     if isinstance(bias, nn.Parameter):
-        owner = new.up if isinstance(new, LowRankLayer) else new
+        owner = new.bias_owner if isinstance(new, LowRankLayer) else new
         owner.register_parameter("bias", bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,18 +13,23 @@ from ._backup import Backup
 from ._checks import check_initialised, check_module, describe, quoted
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
+from ._matricise import FORMS
 from ._swap import swap_, take_over_
 
 __all__ = ["load_compressed_"]
+
+# What only a low-rank layer has. "order" is there in the pivoted form, in one of three places.
+_PARTS = ("down.weight", "up.weight", "merge.order", "split.order", "up.order")
 
 
 @torch.no_grad()
 def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     """Rebuild the low-rank layers that a state dict was saved from, in place, and load it strictly.
 
-    The structure is read off the shapes of the tensors; nothing else has to be saved. Tensors are cast to the dtype and
-    device of the model, as ``load_state_dict`` does. On any error the model is as it was before; for that, it needs
-    memory for a second copy of what stays dense while it loads.
+    The structure is read off the shapes of the tensors, and the pivots off the integers that are saved beside them;
+    nothing else has to be saved. Tensors are cast to the dtype and device of the model, as ``load_state_dict`` does. On
+    any error the model is as it was before; for that, it needs memory for a second copy of what stays dense while it
+    loads.
 
     Args:
         model: a model built like the one that was compressed, dense (or already of the right structure).
@@ -88,7 +94,7 @@ def _replacements(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[nn.Mo
     replacements: dict[nn.Module, nn.Module] = {}
     for found in find_layers(model):
         kind = KINDS.get(type(found.module))
-        if kind is not None and {f"{found.name}.down.weight", f"{found.name}.up.weight"} & state_dict.keys():
+        if kind is not None and {f"{found.name}.{part}" for part in _PARTS} & state_dict.keys():
             if found.reason:
                 raise ValueError(
                     f"layer {found.name!r} is low-rank in the state dict, but has to stay dense in this model: "
@@ -119,7 +125,7 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
     keys = {part: f"{name}.{part}.weight" for part in ("down", "up")}
     missing = [key for key in keys.values() if key not in state_dict]
     if missing:
-        there = next(key for key in keys.values() if key in state_dict)
+        there = next(key for key in (f"{name}.{part}" for part in _PARTS) if key in state_dict)
         raise ValueError(f"the state dict holds {there!r} but not {missing[0]!r}: half of layer {name!r} is missing.")
     if f"{name}.weight" in state_dict:
         raise ValueError(
@@ -128,13 +134,27 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
         )
     up, down = (tuple(state_dict[keys[part]].shape) for part in ("up", "down"))
     rank = up[1] if len(up) > 1 else 0
-    for scheme, layout in kind.matricisations(module).items():
-        if 1 <= rank <= layout.full_rank and layout.layer_shapes(rank) == (up, down):
-            return kind.like(module, rank, scheme)
+    for form, (scheme, layout) in itertools.product(FORMS, kind.matricisations(module).items()):
+        if 1 <= rank <= layout.largest_rank(form) and layout.layer_shapes(rank, form) == (up, down):
+            layer = kind.like(module, rank, scheme, form)
+            if form == "pivoted":
+                _check_order(name, f"{name}.{layout.order_child}.order", layer, state_dict)
+            return layer
     raise ValueError(
         f"{keys['down']!r} of shape {down} and {keys['up']!r} of shape {up} are no factors of the weight of layer "
         f"{name!r}, which has shape {tuple(weight_of(module).shape)} in this model: was it built with other sizes?"
     )
+
+
+def _check_order(name: str, key: str, layer: LowRankLayer, state_dict: Mapping[str, Any]) -> None:
+    if key not in state_dict:
+        raise ValueError(
+            f"the state dict holds layer {name!r} in the pivoted form, with {name + '.up.weight'!r} of shape "
+            f"{tuple(state_dict[name + '.up.weight'].shape)}, but not {key!r}: part of the layer is missing."
+        )
+    problem = layer._ordered.why_not(state_dict[key])
+    if problem:
+        raise ValueError(f"{key!r} is no order of pivots for layer {name!r}: {problem}.")
 
 
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:

@@ -3,6 +3,10 @@
 The children ``down`` (from the input to ``rank`` channels) and ``up`` (on to the output, with the bias) are plain
 ``nn.Linear`` / ``nn.Conv2d``, so quantisers, FLOP counters and exporters see what they know. ``weight`` multiplies the
 factors out, for callers that read it (``nn.TransformerEncoderLayer`` in eval mode, Swin's attention).
+
+In the pivoted form one of the two is smaller by rank × rank, and a third child puts together what the pivots and the
+others make: ``merge`` the output channels, ``split`` the input channels. Under the spatial schemes, where pivots are no
+whole channels, ``up`` itself is such a module instead of a plain one.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ._checks import check_choice, check_count, check_values, describe
-from ._lowrank_layer import LowRankLayer, check_source, inherit, merged, uninitialised
-from ._matricise import SCHEMES, Scheme, distinct_schemes, matricise
+from ._checks import check_choice, check_values, describe
+from ._lowrank_layer import LowRankLayer, check_rank, check_source, inherit, merged, uninitialised
+from ._matricise import SCHEMES, Form, Scheme, distinct_schemes, matricise
+from ._pivoted_modules import ChannelMerge, ChannelSplit, PivotedConv2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,17 +32,23 @@ __all__ = ["LowRankConv2d", "LowRankLinear"]
 class LowRankLinear(LowRankLayer):
     r"""A linear layer with a weight of rank r: ``up(down(x))``, :math:`W = W_{up} W_{down}`.
 
+    In the pivoted form ``down`` computes r of the outputs themselves, ``up`` the others from them, and ``merge`` puts
+    them in order: :math:`W = P \begin{bmatrix} I \\ W_{up} \end{bmatrix} W_{down}`.
+
     Args:
         in_features: size of each input sample.
         out_features: size of each output sample.
-        rank: 1 … min(in_features, out_features).
-        bias: whether ``up`` has a bias.
+        rank: 1 … min(in_features, out_features), in the pivoted form one less.
+        bias: whether there is a bias.
         device: device of the parameters.
         dtype: floating dtype of the parameters.
+        form: ``"factored"``, of rank · (in_features + out_features) parameters, or ``"pivoted"``, of rank² fewer.
 
     Shape:
         Input ``(*, in_features)``, output ``(*, out_features)``; ``down.weight`` ``(rank, in_features)``, ``up.weight``
-        ``(out_features, rank)``, ``up.bias`` ``(out_features,)``.
+        ``(out_features, rank)``, ``up.bias`` ``(out_features,)``. In the pivoted form, ``up.weight``
+        ``(out_features - rank, rank)``, ``merge.bias`` ``(out_features,)`` and the int32 buffer ``merge.order``
+        ``(out_features,)``.
 
     Raises:
         TypeError: if the rank is not an integer.
@@ -49,7 +60,7 @@ class LowRankLinear(LowRankLayer):
         >>> layer(torch.zeros(2, 20)).shape, layer.weight.shape
         (torch.Size([2, 10]), torch.Size([10, 20]))
 
-    Source: Eckart and Young, 1936.
+    Source: Eckart and Young, 1936; pivoted: Zhao et al., "Pivoting Factorization", 2025.
     """
 
     down: nn.Linear
@@ -63,53 +74,64 @@ class LowRankLinear(LowRankLayer):
         bias: bool = True,  # noqa: FBT001, FBT002 - as in nn.Linear
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        form: Form = "factored",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.matricisation = matricise((out_features, in_features), "channel")
-        self.rank = check_count(rank, "rank", self.matricisation.full_rank, "the full rank")
+        self.rank = rank = check_rank(rank, self.matricisation, form, "the full rank")
+        self.form = form
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        if form == "factored":
+            self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        else:
+            self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+            self.merge = ChannelMerge(1, rank, out_features, dim=-1, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
+    def from_linear(cls, linear: nn.Linear, rank: int, form: Form = "factored") -> LowRankLinear:
         """Factor a linear layer by truncated SVD; the layer itself is not changed.
 
         Args:
             linear: weight ``(out_features, in_features)`` in float64, float32, bfloat16 or float16.
-            rank: 1 … min(in_features, out_features); at the latter the layer is reproduced to rounding.
+            rank: 1 … min(in_features, out_features), at which the layer is reproduced to rounding; less than that in
+                the pivoted form.
+            form: ``"factored"`` or ``"pivoted"``.
 
         Returns:
             A layer on the same device, with the same dtype, mode, ``requires_grad`` and a copy of the bias.
 
         Raises:
             TypeError: if it is not a Linear, or of another dtype.
-            ValueError: if the rank is out of range, or the weight is not a plain, finite parameter.
+            ValueError: if the rank is out of range, the form unknown, or the weight not a plain, finite parameter.
         """
-        layer = cls.like(linear, rank)
+        layer = cls.like(linear, rank, form)
         check_values(linear.weight, type(linear).__name__)
         layer._fill(linear.weight)
         return layer
 
     @classmethod
-    def like(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
+    def like(cls, linear: nn.Linear, rank: int, form: Form = "factored") -> LowRankLinear:
         """Make a layer to take the place of ``linear``, with factors that are still to be filled in.
 
         Args:
             linear: the layer to replace.
-            rank: 1 … min(in_features, out_features).
+            rank: 1 … min(in_features, out_features), in the pivoted form one less.
+            form: ``"factored"`` or ``"pivoted"``.
 
         Returns:
             A layer with uninitialised factors; device, dtype, mode, ``requires_grad`` and bias as in ``linear``.
 
         Raises:
             TypeError: if it is not a Linear, or of another dtype.
-            ValueError: if the rank is out of range.
+            ValueError: if the rank is out of range, or the form unknown.
         """
         weight = check_source(linear, nn.Linear, "For convolutions use LowRankConv2d.from_conv2d.", cls.shape_of)
         layer = uninitialised(
-            cls, linear.in_features, linear.out_features, rank, bias=False, device=weight.device, dtype=weight.dtype
-        )
+            cls, linear.in_features, linear.out_features, rank,
+            bias=False, device=weight.device, dtype=weight.dtype, form=form,
+        )  # fmt: skip
         return inherit(layer, linear, weight)
 
     @staticmethod
@@ -133,7 +155,7 @@ class LowRankLinear(LowRankLayer):
         """Show the sizes, as ``nn.Linear`` does."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}{self._form_repr()}"
         )
 
 
@@ -145,28 +167,38 @@ class LowRankConv2d(LowRankLayer):
     dilation go with the kernel axis they belong to. Schemes that coincide for a kernel (all, for 1×1) go by the first
     of their names.
 
+    In the pivoted form r rows of each group's matrix are kept as they are, and the others are combinations of them:
+    ``channel``: ``down`` computes r of the output channels themselves, ``up`` the others from them, and ``merge`` puts
+    them in order. ``input``: ``split`` takes r of the input channels out, and ``down`` makes of the others what is
+    added to them. ``spatial``, ``spatial_transposed``: ``up`` puts its weight together when it is called.
+
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: a number or a pair.
-        rank: 1 … the full rank of the scheme's matrix, for each group.
+        rank: 1 … the full rank of the scheme's matrix, for each group; in the pivoted form one less.
         scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
         stride: a number or a pair.
         padding: a number, a pair, ``"same"`` or ``"valid"``.
         dilation: a number or a pair.
         groups: number of groups.
-        bias: whether ``up`` has a bias.
+        bias: whether there is a bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: device of the parameters.
         dtype: floating dtype of the parameters.
+        form: ``"factored"``, of rank · (rows + columns) parameters for each group's matrix, or ``"pivoted"``, of rank²
+            fewer.
 
     Shape:
         Input and output as of ``nn.Conv2d``; ``down.weight`` has ``groups · rank`` output channels, ``up.weight``
-        ``rank`` input channels in each of the groups.
+        ``rank`` input channels in each of the groups. In the pivoted form there is an int32 buffer as well
+        (``merge.order``, ``split.order`` or ``up.order``), and ``merge`` has the bias where there is one. ``up.weight``
+        has ``groups · rank`` output channels fewer, or under ``input``, ``down.weight`` has ``rank`` input channels
+        fewer; under the spatial schemes ``up.weight`` is a matrix, ``(groups · (rows - rank), rank)``.
 
     Raises:
         TypeError: if the rank is not an integer.
-        ValueError: if it is out of range, or the scheme is unknown.
+        ValueError: if it is out of range, or the scheme or the form is unknown.
 
     Example:
         >>> import torch, torchsmooth
@@ -176,11 +208,12 @@ class LowRankConv2d(LowRankLayer):
         ((3, 1), (1, 3))
 
     Source: channel: Zhang et al., "Accelerating Very Deep Convolutional Networks for Classification and Detection",
-    2016; spatial: Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions", 2014.
+    2016; spatial: Jaderberg et al., "Speeding up Convolutional Neural Networks with Low Rank Expansions", 2014;
+    pivoted, for linear layers: Zhao et al., "Pivoting Factorization", 2025.
     """
 
     down: nn.Conv2d
-    up: nn.Conv2d
+    up: nn.Conv2d | PivotedConv2d
 
     def __init__(
         self,
@@ -198,6 +231,7 @@ class LowRankConv2d(LowRankLayer):
         padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        form: Form = "factored",
     ) -> None:
         super().__init__()
         # torch's own class checks the arguments and spells them out as pairs; on meta it costs nothing.
@@ -221,11 +255,12 @@ class LowRankConv2d(LowRankLayer):
         check_choice(scheme, "scheme", SCHEMES)
         self.scheme = distinct_schemes(self.kernel_size)[scheme]
         self.matricisation = matricise(dense.weight.shape, self.scheme, groups)
-        self.rank = check_count(
-            rank, "rank", self.matricisation.full_rank, f"the full rank of scheme {scheme!r} in each group"
-        )
+        whole = f"the full rank of scheme {scheme!r} in each group"
+        self.rank = rank = check_rank(rank, self.matricisation, form, whole)
+        self.form = form
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def part(channels: tuple[int, int], axes: tuple[int, ...], *, bias: bool) -> nn.Conv2d:
+        def part(channels: tuple[int, int], axes: tuple[int, ...], **options: Any) -> nn.Conv2d:
             def on_axes(pair: tuple[int, ...], otherwise: int) -> Any:
                 return tuple(size if axis in axes else otherwise for axis, size in enumerate(pair))
 
@@ -236,23 +271,37 @@ class LowRankConv2d(LowRankLayer):
                 self.padding if isinstance(self.padding, str) else on_axes(self.padding, 0),
                 on_axes(self.dilation, 1),
                 groups,
-                bias=bias,
                 padding_mode=padding_mode,
-                device=device,
-                dtype=dtype,
+                **options,
             )
 
-        self.down = part((in_channels, groups * rank), self.matricisation.down_axes, bias=False)
-        self.up = part((groups * rank, out_channels), self.matricisation.up_axes, bias=bias)
+        layout, middle = self.matricisation, groups * rank
+        pivots = layout.order_child if form == "pivoted" else "none"
+        down_in = in_channels - (middle if pivots == "split" else 0)
+        up_out = out_channels - (middle if pivots == "merge" else 0)
+        if pivots == "split":
+            self.split = ChannelSplit(groups, rank, layout.in_channels, device)
+        self.down = part((down_in, middle), layout.down_axes, bias=False, **options)
+        if pivots == "up":
+            plain = part((middle, up_out), layout.up_axes, bias=False, device="meta")
+            self.up = PivotedConv2d(plain, bias=bias, **options)
+        else:
+            self.up = part((middle, up_out), layout.up_axes, bias=bias and pivots != "merge", **options)
+        if pivots == "merge":
+            self.merge = ChannelMerge(groups, rank, layout.out_channels, dim=-3, bias=bias, **options)
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, rank: int, scheme: Scheme = "channel") -> LowRankConv2d:
+    def from_conv2d(
+        cls, conv: nn.Conv2d, rank: int, scheme: Scheme = "channel", form: Form = "factored"
+    ) -> LowRankConv2d:
         """Factor a convolution by truncated SVD, each group on its own; the layer itself is not changed.
 
         Args:
             conv: weight ``(out, in / groups, kh, kw)`` in float64, float32, bfloat16 or float16.
-            rank: 1 … full rank of the scheme's matrix; at the latter the layer is reproduced to rounding.
+            rank: 1 … full rank of the scheme's matrix, at which the layer is reproduced to rounding; less than that in
+                the pivoted form.
             scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
+            form: ``"factored"`` or ``"pivoted"``.
 
         Returns:
             A layer on the same device, with the same dtype, memory format, mode, ``requires_grad`` and a copy of the
@@ -260,33 +309,34 @@ class LowRankConv2d(LowRankLayer):
 
         Raises:
             TypeError: if it is not a Conv2d, or of another dtype.
-            ValueError: if the rank is out of range, the scheme unknown, or the weight not a plain, finite parameter.
+            ValueError: if the rank is out of range, scheme or form unknown, or the weight no plain, finite parameter.
         """
-        layer = cls.like(conv, rank, scheme)
+        layer = cls.like(conv, rank, scheme, form)
         check_values(conv.weight, type(conv).__name__)
         layer._fill(conv.weight)
         return layer
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, rank: int, scheme: Scheme = "channel") -> LowRankConv2d:
+    def like(cls, conv: nn.Conv2d, rank: int, scheme: Scheme = "channel", form: Form = "factored") -> LowRankConv2d:
         """Make a layer to take the place of ``conv``, with factors that are still to be filled in.
 
         Args:
             conv: the layer to replace.
-            rank: 1 … full rank of the scheme's matrix.
+            rank: 1 … full rank of the scheme's matrix, in the pivoted form one less.
             scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``.
+            form: ``"factored"`` or ``"pivoted"``.
 
         Returns:
             A layer with uninitialised factors; device, dtype, mode, ``requires_grad`` and bias as in ``conv``.
 
         Raises:
             TypeError: if it is not a Conv2d, or of another dtype.
-            ValueError: if the rank is out of range, or the scheme unknown.
+            ValueError: if the rank is out of range, or scheme or form unknown.
         """
         weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.", cls.shape_of)
         layer = uninitialised(
             cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, scheme=scheme, **_geometry(conv),
-            bias=False, device=weight.device, dtype=weight.dtype,
+            bias=False, device=weight.device, dtype=weight.dtype, form=form,
         )  # fmt: skip
         return inherit(layer, conv, weight)
 
@@ -315,7 +365,7 @@ class LowRankConv2d(LowRankLayer):
         for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
             value = getattr(self, name)
             text += f", {name}={value}" if value != default else ""
-        return f"{text}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}"
+        return f"{text}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}{self._form_repr()}"
 
 
 def _geometry(conv: nn.Conv2d | LowRankConv2d) -> dict[str, Any]:
