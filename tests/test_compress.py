@@ -34,6 +34,27 @@ def test_the_model_that_comes_out_has_the_parameters_asked_for(allocation, ratio
     assert report.ratio == pytest.approx(1 - parameters(model) / before)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"form": "factored"},
+        {"form": "pivoted", "scheme": "channel"},
+        {"rank_multiple": 4, "progress": False},
+        {"target": "macs", "example_inputs": IMAGES},
+        {"target": "macs", "example_inputs": (IMAGES,), "allocation": "uniform"},
+        {"filter_fn": lambda module, name: name != "fc"},
+    ],
+)
+def test_the_one_line_does_what_plan_and_apply_do(kwargs):
+    model, other = small_resnet(), small_resnet()
+    plan = plan_compression(other, 0.4, **kwargs)
+    report = svd_compress_(model, 0.4, **kwargs)
+    assert report.to_dict() == plan.apply_(other, kwargs.get("example_inputs")).to_dict()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert (report.macs_before is None) == ("target" not in kwargs)
+
+
 @given(seeds, st.floats(0.1, 0.85))
 def test_no_layer_grows_and_none_is_missing_from_the_report(seed, ratio):
     model = small_resnet(seed)
@@ -108,7 +129,8 @@ def test_compressing_a_restored_model_to_the_same_plan_changes_nothing_more(seed
     model = small_resnet(seed)
     plan = plan_compression(model, ratio)
     plan.apply_(model)
-    expected = {name: module.weight.detach() for name, module in model.named_modules() if hasattr(module, "rank")}
+    low_rank = (LowRankLinear, LowRankConv2d)
+    expected = {name: one.weight.detach() for name, one in model.named_modules() if isinstance(one, low_rank)}
     again = plan.apply_(restore_dense_(model))
     for name, weight in expected.items():
         assert again[name].relative_error < 1e-6
@@ -132,7 +154,7 @@ def test_modes_flags_and_formats_are_kept_layer_by_layer():
     assert all(module.training for module in trained.modules())
     assert all(parameter.requires_grad for parameter in trained.parameters())
     for parameter in model.parameters():
-        assert parameter.dim() == 1 or parameter.is_contiguous(memory_format=torch.channels_last)
+        assert parameter.dim() < 4 or parameter.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_hooks_and_their_handles_go_on_working_there_and_back():
@@ -275,9 +297,9 @@ def test_reports_print_and_serialise(kwargs):
 FAILURES = {
     "ratio": (None, {"ratio": 0.9999}, ValueError),
     "argument": (None, {"ratio": 0.5, "scheme": "row"}, ValueError),
-    "spectrum": ("torchsmooth.plan.singular_values", {"ratio": 0.8}, RuntimeError),
-    "factors": ("torchsmooth._lowrank_layer.truncated_factors", {"ratio": 0.8}, RuntimeError),
-    "take_over": ("torchsmooth.plan.take_over_", {"ratio": 0.8}, RuntimeError),
+    "spectrum": ("torchsmooth._spectrum.singular_values", {"ratio": 0.8}, RuntimeError),
+    "factors": ("torchsmooth._spectrum.factors_in", {"ratio": 0.8}, RuntimeError),
+    "take_over": ("torchsmooth._apply.take_over_", {"ratio": 0.8}, RuntimeError),
     "swap": ("torchsmooth._swap._put", {"ratio": 0.8}, RuntimeError),
     "interrupt": ("torchsmooth._swap._put", {"ratio": 0.8}, KeyboardInterrupt),
 }
@@ -326,10 +348,10 @@ def test_a_failure_while_restoring_changes_nothing(calls, monkeypatch):
 
 def test_a_decomposition_that_does_not_converge_names_the_layer(monkeypatch):
     error = torch.linalg.LinAlgError
-    break_after(monkeypatch, "torchsmooth.plan.singular_values", 0, error)
+    break_after(monkeypatch, "torchsmooth._spectrum.decompose", 0, error)
     with pytest.raises(ValueError, match=r"layer '0' could not be decomposed .injected.: leave it out with filter_fn"):
         svd_compress_(mlp(), 0.5)
-    break_after(monkeypatch, "torchsmooth._lowrank_layer.truncated_factors", 0, error)
+    break_after(monkeypatch, "torchsmooth._spectrum.factors_in", 0, error)
     with pytest.raises(ValueError, match=r"layer '[024]' could not be decomposed"):
         svd_compress_(mlp(), 0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import HARD_KINDS, hard_matrices, hard_matrix, randn, seeds
-from torchsmooth._linalg import relative_tail_energies, singular_values, truncated_factors
+from torchsmooth._linalg import balanced, relative_tail_energies, singular_values, truncated_factors
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the norm of the whole matrix. Everything is computed in float64.
@@ -110,6 +111,24 @@ def test_the_factors_share_the_singular_values_evenly(matrix):
     up, down = truncated_factors(matrix.unsqueeze(0), min(matrix.shape))
     up_norms, down_norms = up[0].norm(dim=0), down[0].norm(dim=1)
     assert torch.allclose(up_norms, down_norms, rtol=1e-6, atol=1e-4 * float(up_norms.max()) + 1e-300)
+
+
+@given(seeds, st.integers(-150, 150), st.sampled_from([None, 0, 1, 2]))
+def test_balancing_rounds_nothing(seed, power, zero):
+    up, down = randn(2, 7, 3, seed=seed), randn(2, 3, 5, seed=seed + 1)
+    if zero is not None:
+        up[0, :, zero] = 0
+    up, down = up * 2.0**power, down * 2.0**-power
+    one, other = balanced(up, down)
+    for group, term in itertools.product(range(2), range(3)):
+        product = torch.outer(up[group, :, term], down[group, term])
+        assert torch.equal(torch.outer(one[group, :, term], other[group, term]), product)
+        if product.any():
+            ratio = norm(one[group, :, term]) / norm(other[group, term])
+            assert 0.49 <= ratio <= 2.01
+    again = balanced(one, other)
+    assert torch.equal(again[0], one)
+    assert torch.equal(again[1], other)
 
 
 @pytest.mark.parametrize("kind", HARD_KINDS)

@@ -29,11 +29,10 @@ def next_triples(plan):
     costs = []
     for layer in plan:
         if layer.rank is not None:
-            triple = layer.parameters_after // layer.rank
-            larger = layer.parameters_after + triple
-            costs.append(
-                triple if larger < layer.parameters_before else layer.parameters_before - layer.parameters_after
-            )
+            layout = layer.options[layer.scheme].matricisation
+            more = layer.rank + 1 <= layout.largest_rank(layer.form)
+            larger = layout.parameters(layer.rank + 1, layer.form) if more else layer.parameters_before
+            costs.append(min(larger, layer.parameters_before) - layer.parameters_after)
     return costs
 
 

@@ -24,23 +24,36 @@ SIGNATURES = {
     "is_penalized": "(module, tensor_name=None)",
     "load_compressed_": "(model, state_dict)",
     "penalty_loss": "(model)",
-    "plan_compression": "(model, ratio=None, *, max_error=None, scheme='auto', allocation='budget', filter_fn=None)",
+    "plan_compression": (
+        "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+    ),
     "recalibrate_batchnorm_": "(model, batches)",
     "register_penalty": "(module, tensor_name, penalty)",
     "remove_penalties": "(module, tensor_name=None)",
     "restore_dense_": "(model)",
     "smooth_": "(model, penalty, filter_fn=None)",
-    "svd_compress_": "(model, ratio=None, *, max_error=None, scheme='auto', allocation='budget', filter_fn=None)",
+    "svd_compress_": (
+        "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+    ),
+    "sweep": (
+        "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
+        "rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+    ),
     "NuclearNorm": "(strength=0.001, scheme='channel')",
     "FirstDerivative": "(strength=0.0003)",
     "SecondDerivative": "(strength=0.0001)",
-    "LowRankLinear": "(in_features, out_features, rank, bias=True, device=None, dtype=None)",
+    "LowRankLinear": "(in_features, out_features, rank, bias=True, device=None, dtype=None, *, form='factored')",
     "LowRankConv2d": (
         "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, dilation=1, "
-        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None)"
+        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')"
     ),
-    "CompressionPlan": "(layers, parameters_before, asked)",
-    "CompressionReport": "(layers, parameters_before, parameters_after, asked)",
+    "CompressionPlan": "(layers, parameters_before, asked, target='params', macs_before=None, latency_before=None)",
+    "CompressionReport": (
+        "(layers, parameters_before, parameters_after, asked, macs_before=None, macs_after=None, latency_before=None, "
+        "latency_after=None)"
+    ),
 }
 
 
@@ -83,6 +96,57 @@ def test_state_dict_keys_are_api():
     conv = torchsmooth.LowRankConv2d.from_conv2d(nn.Conv2d(4, 3, 3, bias=False), 2)
     assert list(linear.state_dict()) == ["down.weight", "up.weight", "up.bias"]
     assert list(conv.state_dict()) == ["down.weight", "up.weight"]
+    linear = torchsmooth.LowRankLinear.from_linear(nn.Linear(4, 3), 2, "pivoted")
+    assert list(linear.state_dict()) == ["down.weight", "up.weight", "merge.bias", "merge.order"]
+    pivoted = {
+        "channel": ["down.weight", "up.weight", "merge.bias", "merge.order"],
+        "input": ["split.order", "down.weight", "up.weight", "up.bias"],
+        "spatial": ["down.weight", "up.weight", "up.bias", "up.order"],
+        "spatial_transposed": ["down.weight", "up.weight", "up.bias", "up.order"],
+    }
+    for scheme, keys in pivoted.items():
+        assert list(torchsmooth.LowRankConv2d(4, 3, 3, 2, scheme=scheme, form="pivoted").state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("layer", "signatures"),
+    [
+        (
+            torchsmooth.LowRankLinear,
+            {
+                "from_linear": "(linear, rank, form='factored')",
+                "like": "(linear, rank, form='factored')",
+                "to_linear": "(self)",
+            },
+        ),
+        (
+            torchsmooth.LowRankConv2d,
+            {
+                "from_conv2d": "(conv, rank, scheme='channel', form='factored')",
+                "like": "(conv, rank, scheme='channel', form='factored')",
+                "to_conv2d": "(self)",
+            },
+        ),
+    ],
+)
+def test_methods_of_the_layers_are_api(layer, signatures):
+    shared = {"to_dense": "(self)", "factors": "(self)", "set_factors_": "(self, up, down)"}
+    for name, expected in (signatures | shared).items():
+        assert bare(inspect.signature(getattr(layer, name))) == expected
+
+
+def test_methods_of_plans_are_api():
+    expected = {
+        "apply_": "(self, model, example_inputs=None, *, calibration=None, progress=None)",
+        "save": "(self, path)",
+        "load": "(path)",
+        "to_json": "(self)",
+        "from_json": "(text)",
+        "to_dict": "(self)",
+        "compare": "(self, other)",
+    }
+    for name, signature in expected.items():
+        assert bare(inspect.signature(getattr(torchsmooth.CompressionPlan, name))) == signature
 
 
 def imports():
@@ -123,13 +187,35 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
     compression_half = {
         "_backup",
         "_sharing",
+        "_pivoting",
+        "_pivoted_modules",
         "_lowrank_layer",
         "lowrank",
         "_layers",
         "_swap",
         "_budget",
+        "_prices",
+        "_objective",
+        "_spectrum",
+        "_options",
+        "_progress",
+        "_running",
+        "_timing",
+        "_macs",
+        "_latency",
+        "_targets",
+        "_workpiece",
+        "_apply",
+        "_batches",
+        "_moments",
+        "_whitening",
+        "_norms",
+        "_calibration",
+        "_refit",
+        "_plan_file",
         "layer_plan",
         "plan",
+        "planning",
         "report",
         "compress",
         "checkpoint",

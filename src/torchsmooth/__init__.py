@@ -15,7 +15,8 @@ from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
 from .lowrank import LowRankConv2d, LowRankLinear
 from .penalties import FirstDerivative, NuclearNorm, SecondDerivative
-from .plan import CompressionPlan, plan_compression
+from .plan import CompressionPlan
+from .planning import plan_compression, sweep
 from .registry import is_penalized, penalty_loss, register_penalty, remove_penalties, smooth_
 from .report import CompressionReport
 
@@ -43,4 +44,5 @@ __all__ = [
     "restore_dense_",
     "smooth_",
     "svd_compress_",
+    "sweep",
 ]

@@ -1,6 +1,6 @@
-r"""Ranks for a budget of parameters.
+r"""Ranks for a budget: of parameters, multiply-accumulates or nanoseconds.
 
-Each layer is reduced to its *frontier*: the choices (scheme and rank, or dense) that no cheaper choice beats,
+Each layer is reduced to its *frontier*: the choices (scheme, form and rank, or dense) that no cheaper choice beats,
 from the cheapest to the dense layer. Choosing one point on each frontier such that the errors add up to the
 least within a budget is a knapsack; one Lagrange multiplier λ solves its convex relaxation, :math:`\min \sum_l
 e_l(i_l) + \lambda c_l(i_l)` layer by layer. λ is bisected to the budget, and what rounding to whole ranks left
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BISECTIONS = 100
-# λ trades squared relative error (at most 1) for parameters: no useful λ lies outside this range.
-_SMALLEST, _LARGEST = 1e-40, 1e3
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Frontier:
     """The useful choices for one layer.
 
     Attributes:
-        costs: parameters of each choice, ``(choices,)`` int64 on the CPU, strictly increasing.
-        errors: squared relative error of each choice, ``(choices,)`` float64 on the CPU, strictly decreasing.
+        costs: what each choice costs, ``(choices,)`` int64 on the CPU, strictly increasing.
+        errors: what is to add up to little, ``(choices,)`` float64 on the CPU, strictly decreasing, of any scale.
         labels: what each choice is, in the caller's numbering, ``(choices,)`` int64.
     """
 
@@ -58,7 +56,7 @@ def within_budget(frontiers: Sequence[Frontier], budget: int) -> list[int]:
 
     Args:
         frontiers: one for each layer.
-        budget: parameters that the layers may have together, at least the sum of their cheapest choices.
+        budget: what the layers may cost together, at least the sum of their cheapest choices.
 
     Returns:
         An index into each frontier. No single layer can be improved within what the budget leaves over.
@@ -67,11 +65,12 @@ def within_budget(frontiers: Sequence[Frontier], budget: int) -> list[int]:
     def chosen(multiplier: float) -> list[int]:
         return [int((one.errors + multiplier * one.costs).argmin()) for one in frontiers]
 
-    low, high = _SMALLEST, _LARGEST
-    if _cost(frontiers, best := chosen(low)) > budget:
+    best = [len(one.costs) - 1 for one in frontiers]
+    if _cost(frontiers, best) > budget:
+        low, high = _multipliers(frontiers)
         best = [0] * len(frontiers)
         for _ in range(_BISECTIONS):
-            middle = (low * high) ** 0.5
+            middle = low**0.5 * high**0.5
             candidate = chosen(middle)
             if _cost(frontiers, candidate) <= budget:
                 best, high = candidate, middle
@@ -81,11 +80,11 @@ def within_budget(frontiers: Sequence[Frontier], budget: int) -> list[int]:
 
 
 def uniformly(frontiers: Sequence[Frontier], budget: int) -> list[int]:
-    """Let every layer keep the same fraction of its own parameters, the largest that fits the budget.
+    """Let every layer keep the same fraction of its own cost, the largest that fits the budget.
 
     Args:
         frontiers: one for each layer, the dense layer last.
-        budget: parameters that the layers may have together, at least the sum of their cheapest choices.
+        budget: what the layers may cost together, at least the sum of their cheapest choices.
 
     Returns:
         An index into each frontier. What whole ranks leave over of the budget is filled in layer by layer.
@@ -113,6 +112,14 @@ def uniformly(frontiers: Sequence[Frontier], budget: int) -> list[int]:
 def within_error(frontiers: Sequence[Frontier], max_error: float) -> list[int]:
     """Choose for each layer the cheapest point with a relative error of at most ``max_error``."""
     return [int((one.errors > max_error**2).sum()) for one in frontiers]
+
+
+def _multipliers(frontiers: Sequence[Frontier]) -> tuple[float, float]:
+    """Return the range in which λ decides anything: beyond it every layer is at one end of its frontier."""
+    slopes = [-one.errors.diff() / one.costs.diff() for one in frontiers if len(one.costs) > 1]
+    smallest = min((float(one.min()) for one in slopes), default=1.0)
+    largest = max((float(one.max()) for one in slopes), default=1.0)
+    return max(smallest / 2, 1e-300), max(2 * largest, 1e-300)
 
 
 def _cost(frontiers: Sequence[Frontier], indices: Sequence[int]) -> int:

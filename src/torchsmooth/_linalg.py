@@ -29,6 +29,26 @@ def _left_basis(matrices: Tensor) -> Tensor:
     return vectors.flip(-1)
 
 
+def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, largest first, and the singular vectors of the small side.
+
+    Args:
+        matrices: ``(..., m, n)``, any floating dtype, any strides.
+
+    Returns:
+        ``(..., k)`` and ``(..., k, k)`` in float64, k = min(m, n); the columns of the second are orthonormal. They are
+        left singular vectors of a wide or square matrix, right ones of a tall one.
+    """
+    work = working_copy(matrices)
+    if work.shape[-2] > work.shape[-1]:
+        work = work.mT
+    if matrices.dtype == torch.float64:
+        basis, values, _ = torch.linalg.svd(work, full_matrices=False)
+        return values, basis
+    eigenvalues, vectors = torch.linalg.eigh(work @ work.mT)
+    return eigenvalues.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+
+
 def singular_values(matrices: Tensor) -> Tensor:
     """Singular values, largest first.
 
@@ -85,30 +105,53 @@ def truncated_factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Source: Eckart and Young, "The approximation of one matrix by another of lower rank", 1936.
     """
+    return factors_in(decompose(matrices)[1][..., :rank], matrices)[:2]
+
+
+def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project each matrix onto a basis of its small side: :func:`truncated_factors`, where the basis is known already.
+
+    Args:
+        basis: ``(groups, k, rank)`` in float64, the first columns of what :func:`decompose` returned.
+        matrices: ``(groups, m, n)``, any floating dtype, finite.
+
+    Returns:
+        ``up`` and ``down`` as in :func:`truncated_factors`, and ``(groups, rank)`` in float64: the norm of the
+        projection onto each column, which is the singular value if the basis belongs to the matrices.
+    """
     work = working_copy(matrices)
-    if matrices.dtype == torch.float64:
-        left, values, right = torch.linalg.svd(work, full_matrices=False)
-        left, values, right = left[..., :rank], values[..., :rank], right[..., :rank, :]
-        root = values.sqrt()
-        up, down = left * root.unsqueeze(-2), right * root.unsqueeze(-1)
-    elif work.shape[-2] <= work.shape[-1]:
-        left = _left_basis(work)[..., :rank]
-        right = left.mT @ work
-        up, down = _balance(left, right)
-    else:
-        right = _left_basis(work.mT)[..., :rank].mT
-        left = work @ right.mT
-        down, up = (factor.mT for factor in _balance(right.mT, left.mT))
+    tall = work.shape[-2] > work.shape[-1]
+    # Scaled first, or the squares of very large and very small entries would leave the range of float64; by a power of
+    # four, so that nothing is rounded, neither here nor by the square root below.
+    power = (torch.frexp(work.abs().amax((-2, -1), keepdim=True)).exponent // 2).to(torch.float64)
+    half = power.exp2()
+    basis = basis.to(work.device)
+    projected = basis.mT @ ((work.mT if tall else work) / half / half)
+    sizes = torch.linalg.vector_norm(projected, dim=-1)
+    root = sizes.sqrt()
+    inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)
+    up, down = basis * (root.unsqueeze(-2) * half), projected * (inverse.unsqueeze(-1) * half)
+    if tall:
+        up, down = down.mT, up.mT
     strongest = up.gather(-2, up.abs().argmax(-2, keepdim=True))
     sign = torch.where(strongest < 0, -1.0, 1.0).to(up)
-    return up * sign, down * sign.mT
+    return up * sign, down * sign.mT, sizes * (half * half).squeeze(-1)
 
 
-def _balance(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the square root of each row's norm, which is the singular value, from ``projected`` to the basis."""
-    root = torch.linalg.vector_norm(projected, dim=-1).sqrt()
-    inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)
-    return basis * root.unsqueeze(-2), projected * inverse.unsqueeze(-1)
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Share each term of a product evenly between its factors, to a power of two: nothing is rounded.
+
+    Args:
+        up: ``(groups, m, rank)`` in float64.
+        down: ``(groups, rank, n)`` in float64.
+
+    Returns:
+        Factors with the same product. Those that are balanced already come back as they are.
+    """
+    sizes = torch.linalg.vector_norm(down, dim=-1) / torch.linalg.vector_norm(up, dim=-2)
+    power = (sizes.log2() / 2).round()
+    power = torch.where(power.isfinite(), power, torch.zeros_like(power))  # a term that is zero has no size
+    return up * power.exp2().unsqueeze(-2), down * (-power).exp2().unsqueeze(-1)
 
 
 def nuclear_norm_and_polar(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,12 @@ def format_shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def format_share(part: int, whole: int) -> str:
+def format_milliseconds(seconds: float) -> str:
+    """Write a time in milliseconds with three significant digits."""
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"  # noqa: PLR2004
+
+
+def format_share(part: float, whole: float) -> str:
     """Write what fraction is gone, with a sign, in percent."""
     return f"{100 * (part / whole - 1):+.1f} %" if whole else "0 %"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ._calibration import Calibration
 from ._checks import check_module
 from ._lowrank_layer import LowRankLayer
 from ._sharing import Sharing
 from ._swap import swap_, take_over_
-from .plan import Allocation, SchemeOption, plan_compression
+from .planning import plan_compression
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from ._targets import Target
+    from ._workpiece import Allocation, FormOption, SchemeOption
     from .report import CompressionReport
 
 __all__ = ["restore_dense_", "svd_compress_"]
@@ -27,8 +30,14 @@ def svd_compress_(
     *,
     max_error: float | None = None,
     scheme: SchemeOption = "auto",
+    form: FormOption = "auto",
     allocation: Allocation = "budget",
+    target: Target = "params",
+    example_inputs: Any = None,
+    rank_multiple: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    calibration: Iterable[Any] | None = None,
+    progress: bool | None = None,
 ) -> CompressionReport:
     """Replace the Linear and Conv2d layers of a model by low-rank ones, in place, with no fine-tuning.
 
@@ -38,12 +47,26 @@ def svd_compress_(
 
     Args:
         model: any model. A layer that cannot be compressed stays dense, and the report says why.
-        ratio: fraction of *all* parameters of the model to remove, strictly between 0 and 1: 0.7 leaves 30 %.
+        ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
+            1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
         scheme: ``"auto"`` (the best for each layer), ``"channel"``, ``"input"`` or ``"spatial"``.
+        form: ``"auto"`` (the better for each layer), ``"factored"`` or ``"pivoted"`` (fewer parameters at equal rank).
         allocation: ``"budget"`` (least total error within the ratio) or ``"uniform"`` (each layer keeps the same
-            fraction of its own parameters).
+            fraction of its own cost).
+        target: what the ratio is a fraction of: ``"params"``, ``"macs"`` or ``"latency"``. The last two are counted or
+            measured before and after, and reported.
+        example_inputs: for the last two: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
+            the device of the model.
+        rank_multiple: only ranks that are multiples of this, at least 1.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
+        calibration: a few unlabelled batches on the device of the model, such as a list of 8 tensors of 128 images, or
+            a DataLoader: tensors; tuples or lists, of which the first element is the input; or dicts of keyword
+            arguments. Ranks are then weighed by the error at each layer's output on this data, and factors, biases and
+            BatchNorm statistics are fitted to it in closed form, layer after layer; no gradients. A layer that the data
+            never reaches, or with inputs wider than 8,192, is compressed without, and the report says so. The batches
+            are kept in memory meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
+        progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
 
     Returns:
         The report: a table when printed, with one line for every layer.
@@ -59,12 +82,34 @@ def svd_compress_(
         >>> type(model[0]).__name__, sum(p.numel() for p in model.parameters()) <= 0.3 * report.parameters_before
         ('LowRankLinear', True)
 
-    Source: Runkel et al., "Smooth Model Compression without Fine-Tuning", 2025 (arXiv 2505.24469).
+    With data:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+        >>> batches = torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(0))
+        >>> report = torchsmooth.svd_compress_(model, ratio=0.7, calibration=list(batches))
+        >>> report["0"].output_error < report["0"].relative_error
+        True
+
+    Source: Runkel et al., "Smooth Model Compression without Fine-Tuning", 2025 (arXiv 2505.24469). Whitening by the
+    second moment of the inputs: Chen et al., "DRONE: Data-aware Low-rank Compression for Large NLP Models", 2021.
+    Fitting one layer after the other to the dense network's outputs: Zhang et al., "Accelerating Very Deep
+    Convolutional Networks for Classification and Detection", 2016.
     """
+    kept: Any = Calibration.of(calibration, progress)  # a generator gives its batches only once
     plan = plan_compression(
-        model, ratio, max_error=max_error, scheme=scheme, allocation=allocation, filter_fn=filter_fn
+        model,
+        ratio,
+        max_error=max_error,
+        scheme=scheme,
+        form=form,
+        allocation=allocation,
+        target=target,
+        example_inputs=example_inputs,
+        rank_multiple=rank_multiple,
+        filter_fn=filter_fn,
+        calibration=kept,
+        progress=progress,
     )
-    return plan.apply_(model)
+    return plan.apply_(model, example_inputs, calibration=kept, progress=progress)
 
 
 @torch.inference_mode(mode=False)

@@ -1,0 +1,126 @@
+"""Making the low-rank layers of a plan for one model, which is not changed yet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from ._checks import check_values
+from ._layers import KINDS, FoundLayer, find_layers, weight_of
+from ._linalg import LinAlgError, truncated_factors, working_copy
+from ._lowrank_layer import multiply_out
+from ._options import undecomposed
+from ._refit import Refitted, refit
+from ._swap import take_over_
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ._calibration import Calibration
+    from ._lowrank_layer import LowRankLayer
+    from .layer_plan import Choice, LayerPlan
+
+
+class Replacements(NamedTuple):
+    """What a plan puts in the place of the layers of a model.
+
+    Attributes:
+        layers: the low-rank layer for each module that gets one, with all that it takes over.
+        errors: the relative error of each weight, measured, by name.
+        refitted: what else a refit to data has found; None without data.
+    """
+
+    layers: dict[nn.Module, LowRankLayer]
+    errors: dict[str, float]
+    refitted: Refitted | None
+
+
+def replacements_for(
+    layers: Iterable[LayerPlan], model: nn.Module, calibration: Calibration | None = None
+) -> Replacements:
+    """Make what a plan puts in the place of the layers of a model, which is not changed.
+
+    Args:
+        layers: those of the plan.
+        model: the model planned for, or a copy of it with weights of its own.
+        calibration: batches to fit the factors to; without, they are truncated SVDs of the weights.
+
+    Raises:
+        ValueError: if the plan does not fit the model, or a weight cannot be decomposed.
+    """
+    targets = {found.name: found for found in find_layers(model)}
+    planned = [(layer, layer.choice) for layer in layers if layer.choice is not None]
+    if not planned:
+        raise ValueError("nothing to compress: every layer of this plan stays dense.")
+    modules = {layer.name: _target(layer, targets) for layer, _ in planned}
+    chosen = {modules[layer.name]: (layer, choice) for layer, choice in planned}
+    replacements: dict[nn.Module, LowRankLayer] = {}
+    for module, (_, (scheme, form, rank)) in chosen.items():
+        replacements[module] = KINDS[type(module)].like(module, rank, scheme, form)
+        take_over_(replacements[module], module)
+
+    def truncate(module: nn.Module) -> None:
+        _truncate_(replacements[module], *chosen[module], module)
+
+    refitted = None
+    if calibration is None:
+        for module in chosen:
+            truncate(module)
+    else:
+        names = {module: layer.name for module, (layer, _) in chosen.items()}
+        refitted = refit(model, replacements, names, calibration, truncate)
+    errors = {layer.name: measured_error(module, replacements[module]) for module, (layer, _) in chosen.items()}
+    return Replacements(replacements, errors, refitted)
+
+
+def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
+    found = targets.get(layer.name)
+    if found is None:
+        raise ValueError(f"the plan has a layer {layer.name!r}, the model does not: was it made for another model?")
+    if found.reason:
+        raise ValueError(f"layer {layer.name!r} is planned to be compressed, but cannot be: {found.reason}.")
+    shape = tuple(weight_of(found.module).shape)
+    if (type(found.module).__name__, shape) != (layer.type, layer.shape):
+        raise ValueError(
+            f"layer {layer.name!r} is planned as {layer.type} of shape {layer.shape}, but the model has "
+            f"{type(found.module).__name__} of shape {shape}: was the plan made for another model?"
+        )
+    layouts = KINDS[type(found.module)].matricisations(found.module)
+    if layer.scheme not in layouts or layouts[layer.scheme] != layer.options[layer.scheme].matricisation:
+        raise ValueError(
+            f"layer {layer.name!r} is planned for other groups than this model's: was the plan made for another model?"
+        )
+    if layer.parameters_after >= layer.parameters_before:
+        raise ValueError(
+            f"layer {layer.name!r} would not get smaller at rank {layer.rank} ({layer.parameters_before:,} → "
+            f"{layer.parameters_after:,} parameters): lower the rank, or leave it whole with keep_dense()."
+        )
+    check_values(weight_of(found.module), layer.name)
+    return found.module
+
+
+def _truncate_(replacement: LowRankLayer, layer: LayerPlan, choice: Choice, module: nn.Module) -> None:
+    """Set the factors to the truncated SVD of the weight, decomposed already where the plan was just made."""
+    option = layer.options[choice.scheme]
+    matrices = option.matricisation.to_matrices(weight_of(module).detach())
+    try:
+        if option.spectrum is None:
+            up, down = truncated_factors(matrices, choice.rank)
+        else:
+            up, down = option.spectrum.factors(matrices, choice.rank)
+        replacement.set_factors_(up, down)
+    except LinAlgError as error:
+        raise undecomposed(layer.name, error) from error
+
+
+def measured_error(dense: nn.Module, low_rank: LowRankLayer) -> float:
+    """Return ‖W − Ŵ‖_F / ‖W‖_F of a layer and what takes its place, as it is stored."""
+    weight = working_copy(weight_of(dense))
+    largest = float(weight.abs().max())
+    if largest == 0:
+        return 0.0
+    # Divided first, or the squares of very large and very small entries would leave the range of float64.
+    difference = weight / largest - multiply_out(low_rank).to(weight) / largest
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(weight / largest))

@@ -1,0 +1,176 @@
+"""Measured times of a model, of its layers, and of the low-rank layers that could take their place."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ._layers import KINDS, weight_of
+from ._prices import TimePrices
+from ._progress import progress
+from ._running import observing
+from ._swap import swap_
+from ._timing import median_nanoseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ._matricise import Form, Matricisation, Scheme
+    from ._running import Inputs
+    from .layer_plan import LayerPlan
+
+_GRID = 6  # ranks tried in each scheme and form
+
+_Times = dict[tuple["Scheme", "Form"], dict[int, int]]
+
+
+class _Calls(NamedTuple):
+    """What a layer was called with first, and how often it was called."""
+
+    args: tuple[Any, ...]
+    times: int
+
+
+def measure_times(
+    model: nn.Module,
+    inputs: Inputs,
+    layers: Mapping[str, tuple[LayerPlan, nn.Module]],
+    *,
+    multiple: int,
+    show: bool | None,
+) -> tuple[int, dict[str, TimePrices]]:
+    """Time a model, and for each layer what it takes dense and at a few ranks of every scheme and form.
+
+    Args:
+        model: any model.
+        inputs: arguments for it.
+        layers: the layers to look at and their modules, by name.
+        multiple: only ranks that are multiples of this.
+        show: whether to show progress; None for where somebody looks.
+
+    Returns:
+        Nanoseconds of the model, and the prices of each layer, for all of its calls together. Those of a layer that is
+        never called are zero. Those of all layers add up to no more than the time of the model.
+    """
+    known: dict[object, tuple[int, _Times]] = {}
+    measured: dict[str, tuple[int, int, _Times]] = {}
+    with observing(model):
+        device = _device_of(model)
+        (whole,) = median_nanoseconds([partial(inputs.run, model)], device)
+        calls = _observe_calls(model, inputs, {module for _, module in layers.values()})
+        for name, (layer, module) in progress(layers.items(), "Timing layers", len(layers), show):
+            if module not in calls:
+                measured[name] = 0, 0, {}
+                continue
+            args, count = calls[module]
+            key = _alike(module, args)
+            if key not in known:
+                known[key] = _measure(layer, module, args, multiple)
+            measured[name] = count, *known[key]
+    together = sum(count * dense for count, dense, _ in measured.values())
+    share = min(1.0, whole / together) if together else 1.0  # timed alone, layers may take longer than in the model
+
+    def total(count: int, time: int) -> int:
+        return round(share * count * time)
+
+    prices = {
+        name: TimePrices(
+            total(count, dense),
+            {key: {rank: total(count, time) for rank, time in each.items()} for key, each in times.items()},
+        )
+        for name, (count, dense, times) in measured.items()
+    }
+    return whole, prices
+
+
+def compare_times(model: nn.Module, inputs: Inputs, replacements: Mapping[nn.Module, nn.Module]) -> tuple[float, float]:
+    """Time a model as it is against itself with some layers replaced, in alternating runs.
+
+    Args:
+        model: a model; afterwards, and after an error, it is as before.
+        inputs: arguments for it.
+        replacements: old module to new module.
+
+    Returns:
+        Seconds before and after.
+    """
+    back = {new: old for old, new in replacements.items()}
+    ready: list[Callable[[], object]] = [partial(swap_, model, back), partial(swap_, model, replacements)]
+    everything = nn.ModuleList([model, *replacements.values()])
+    try:
+        with observing(everything):
+            run = partial(inputs.run, model)
+            before, after = median_nanoseconds([run, run], _device_of(model), ready)
+    finally:
+        swap_(model, back)
+    return before / 1e9, after / 1e9
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((one.device for one in model.parameters()), torch.device("cpu"))
+
+
+def _observe_calls(model: nn.Module, inputs: Inputs, modules: set[nn.Module]) -> dict[nn.Module, _Calls]:
+    found: dict[nn.Module, _Calls] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module in modules and args:
+            first = found.get(module, _Calls(args, 0))
+            found[module] = _Calls(first.args, first.times + 1)
+
+    # A hook for all modules: hooks of its own would keep nn.TransformerEncoderLayer from running its layers fused, and
+    # what is fused gets no faster by a low-rank layer.
+    handle = register_module_forward_pre_hook(note)
+    try:
+        inputs.run(model)
+    finally:
+        handle.remove()
+    return found
+
+
+def _alike(module: nn.Module, args: tuple[Any, ...]) -> object:
+    """Return a key that layers share which take equally long."""
+    weight = weight_of(module)
+    given = tuple((tuple(one.shape), one.stride(), one.dtype) for one in args if isinstance(one, Tensor))
+    return type(module), module.extra_repr(), weight.dtype, weight.stride(), weight.device, given
+
+
+def _measure(layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multiple: int) -> tuple[int, _Times]:
+    """Time one call of a layer, and of what could take its place."""
+    candidates = {
+        (scheme, form, rank): _candidate(module, scheme, form, rank)
+        for form in layer.forms
+        for scheme, option in layer.options.items()
+        for rank in _grid(option.matricisation, form, multiple)
+    }
+    # forward, not the call: hooks are the user's, and the same before and after.
+    calls = [partial(one.forward, *args) for one in (module, *candidates.values())]
+    dense, *rest = median_nanoseconds(calls, weight_of(module).device)
+    times: _Times = {}
+    for (scheme, form, rank), time in zip(candidates, rest, strict=True):
+        times.setdefault((scheme, form), {})[rank] = time
+    return dense, times
+
+
+def _candidate(module: nn.Module, scheme: Scheme, form: Form, rank: int) -> nn.Module:
+    candidate = KINDS[type(module)].like(module, rank, scheme, form)
+    for parameter in candidate.parameters():
+        if parameter.dim() > 1:
+            parameter.fill_(0.01)  # what is in uninitialised memory may be subnormal, and slow
+    return candidate
+
+
+def _grid(layout: Matricisation, form: Form, multiple: int) -> list[int]:
+    """Choose a few ranks in about equal proportions, from the smallest to the largest that makes the layer smaller."""
+    dense = layout.dense_parameters
+    multiples = range(multiple, layout.largest_rank(form) + 1, multiple)
+    ranks = [rank for rank in multiples if layout.parameters(rank, form) < dense]
+    if len(ranks) <= _GRID:
+        return ranks
+    ratio = ranks[-1] / ranks[0]
+    wanted = [ranks[0] * ratio ** (step / (_GRID - 1)) for step in range(_GRID)]
+    return sorted({min(ranks, key=lambda rank, near=one: abs(rank - near)) for one in wanted})  # type: ignore[misc]

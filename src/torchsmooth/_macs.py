@@ -1,0 +1,73 @@
+"""Multiply-accumulates of a model for given inputs: of the whole, and where each layer spends them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._prices import Positions
+from ._running import observing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ._running import Inputs
+
+
+def count_macs(model: nn.Module, inputs: Inputs) -> int:
+    """Count the multiply-accumulates of a model, half of what torch's own counter calls floating-point operations."""
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 - it may log that triton is not there
+
+    counter = FlopCounterMode(display=False)
+    with observing(model), _no_fused_layers(), counter:
+        inputs.run(model)
+    return int(counter.get_total_flops()) // 2
+
+
+def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Module]) -> tuple[int, dict[str, Positions]]:
+    """Count the multiply-accumulates of a model, and see at how many positions each layer is evaluated.
+
+    Args:
+        model: any model.
+        inputs: arguments for it.
+        layers: Linear and Conv2d modules of it, by name.
+
+    Returns:
+        The count, and the positions of each layer, all calls together; zero for a layer that is never called.
+    """
+    found = dict.fromkeys(layers, Positions())
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        given = args[0] if args else kwargs["input"]
+        found[name] = Positions(*map(sum, zip(found[name], _positions(module, given, output), strict=True)))
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            handle = module.register_forward_hook(partial(note, name), with_kwargs=True)
+            stack.callback(handle.remove)
+        total = count_macs(model, inputs)
+    return total, found
+
+
+def _positions(module: nn.Module, given: Tensor, output: Tensor) -> Positions:
+    if not isinstance(module, nn.Conv2d):
+        rows = output.numel() // output.shape[-1]
+        return Positions(rows, rows, rows, rows)
+    (high, wide), (out_high, out_wide) = given.shape[-2:], output.shape[-2:]
+    batch = given.numel() // (given.shape[-3] * high * wide)
+    return Positions(batch * high * wide, batch * out_high * wide, batch * high * out_wide, batch * out_high * out_wide)
+
+
+@contextmanager
+def _no_fused_layers() -> Iterator[None]:
+    """Let nn.TransformerEncoderLayer call its layers, as it does in training; fused, it would pass the counter by."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

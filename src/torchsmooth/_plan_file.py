@@ -1,0 +1,279 @@
+"""Plans as JSON: written in one step, and read with every field checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from ._matricise import FORMS, SCHEMES, distinct_schemes, matricise
+from ._prices import MacPrices, ParameterPrices, Positions, TimePrices
+from ._targets import TARGETS
+from .layer_plan import LayerPlan, Option
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from ._matricise import Form, Matricisation, Scheme
+    from ._prices import Prices
+
+_FORMAT, _VERSION = "torchsmooth plan", 1
+_LARGEST = 2**63 - 1
+
+
+def to_text(layers: Sequence[LayerPlan], others: Mapping[str, Any]) -> str:
+    """Write the layers of a plan, and its other fields."""
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        **others,
+        "layers": [_layer_content(layer) for layer in layers],
+    }
+    return json.dumps(content, allow_nan=False)
+
+
+def _layer_content(layer: LayerPlan) -> dict[str, Any]:
+    options = list(layer.options.values())
+    return {
+        "name": layer.name,
+        "type": layer.type,
+        "shape": list(layer.shape),
+        "parameters_before": layer.parameters_before,
+        "scheme": layer.scheme,
+        "form": layer.form,
+        "rank": layer.rank,
+        "reason": layer.reason,
+        "forms": list(layer.forms),
+        "groups": options[0].matricisation.groups if options else 1,
+        "roundoff": options[0].roundoff if options else 0.0,
+        "errors": {
+            scheme: [float(f"{error:.6g}") for error in one.errors.tolist()] for scheme, one in layer.options.items()
+        },
+        "prices": _prices_content(layer.prices),
+    }
+
+
+def _prices_content(prices: Prices) -> dict[str, Any] | None:
+    if isinstance(prices, MacPrices):
+        return {"positions": list(prices.positions)}
+    if isinstance(prices, TimePrices):
+        times = [[*key, rank, time] for key, each in prices.times.items() for rank, time in each.items()]
+        return {"dense": prices.dense, "times": times}
+    return None
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all: a reader sees the old one or the new one."""
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the fields of a plan from a file."""
+    try:
+        return from_text(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r}: {error}") from error
+
+
+def from_text(text: str) -> dict[str, Any]:
+    """Read the fields of a plan."""
+    if not isinstance(text, str):
+        raise TypeError(f"expected the text of a plan, got {type(text).__name__}.")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}): expected what CompressionPlan.save or to_json wrote.") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(
+            f"not a plan: expected an object with the field 'format' of {_FORMAT!r}, as CompressionPlan.save writes it."
+        )
+    if content.get("version") != _VERSION or isinstance(content["version"], bool):
+        raise ValueError(
+            f"field 'version' must be {_VERSION}, got {content.get('version')!r}: the plan was written by another "
+            "version of torchsmooth; read it there, or plan again."
+        )
+    fields = _Fields(content, "")
+    target = fields.choice("target", TARGETS)
+    layers = [_layer(_Fields(one, f"layers[{index}]."), target) for index, one in enumerate(fields.items("layers"))]
+    names = [layer.name for layer in layers]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            _refuse(f"layers[{index}].name", "a name that no other layer has", name)
+    macs, latency = target == "macs", target == "latency"
+    fields.nothing(*["macs_before"] * (not macs), *["latency_before"] * (not latency))
+    return {
+        "layers": tuple(layers),
+        "parameters_before": fields.count("parameters_before", least=1),
+        "asked": fields.text("asked"),
+        "target": target,
+        "macs_before": fields.count("macs_before") if macs else None,
+        "latency_before": fields.number("latency_before") if latency else None,
+    }
+
+
+def _layer(fields: _Fields, target: str) -> LayerPlan:
+    shape = tuple(fields.counts("shape", least=0))
+    forms: list[Form] = fields.choices("forms", FORMS)
+    groups = fields.count("groups", least=1)
+    roundoff = fields.number("roundoff")
+    options: dict[Scheme, Option] = {}
+    errors = fields.fields("errors")
+    known = set(distinct_schemes(shape[2:]).values()) if len(shape) >= 2 and 0 not in shape else set()  # noqa: PLR2004
+    for name in errors.content:
+        if name not in known or shape[0] % groups:
+            _refuse(f"{errors.where}{name}", f"a scheme of a weight of shape {shape} with {groups} groups", name)
+        scheme: Scheme = next(one for one in SCHEMES if one == name)
+        layout = matricise(shape, scheme, groups)
+        values = _errors(errors, scheme, layout)
+        options[scheme] = Option(layout, values, values, roundoff)  # losses decide about plans, and this one is made
+    layer = LayerPlan(fields.text("name"), fields.text("type"), shape, options, fields.text("reason"), forms=forms)
+    layer.parameters_before = fields.count("parameters_before")
+    if options:
+        if layer.parameters_before != math.prod(shape):
+            _refuse(
+                f"{fields.where}parameters_before", f"{math.prod(shape)}, as the shape has", layer.parameters_before
+            )
+        layer.prices = _prices(fields, target, layer.parameters_before)
+    _choose(layer, fields)
+    return layer
+
+
+def _choose(layer: LayerPlan, fields: _Fields) -> None:
+    if fields.get("form") == "dense":
+        fields.nothing("scheme", "rank")
+        return
+    form: Form = fields.choice("form", ("dense", *FORMS))
+    scheme: Scheme = fields.choice("scheme", tuple(layer.options))
+    most = layer.options[scheme].matricisation.largest_rank(form)
+    rank = fields.count("rank", least=1)
+    if rank > most:
+        _refuse(f"{fields.where}rank", f"1 … {most} in form {form!r}", rank)
+    layer.choose(scheme, rank, form)
+
+
+def _errors(errors: _Fields, scheme: str, layout: Matricisation) -> Tensor:
+    values = errors.numbers(scheme)
+    where = f"{errors.where}{scheme}"
+    if len(values) != layout.full_rank + 1:
+        _refuse(where, f"{layout.full_rank + 1} numbers, one for each rank from 0 on", f"{len(values)} numbers")
+    if max(values) > 1:
+        _refuse(where, "squared relative errors of at most 1", max(values))
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _prices(fields: _Fields, target: str, entries: int) -> Prices:
+    if target == "params":
+        fields.nothing("prices")
+        return ParameterPrices(entries)
+    prices = fields.fields("prices")
+    if target == "macs":
+        positions = prices.counts("positions", least=0)
+        if len(positions) != len(Positions._fields):
+            _refuse(f"{prices.where}positions", f"{len(Positions._fields)} whole numbers", positions)
+        return MacPrices(Positions(*positions), entries)
+    times: dict[tuple[Scheme, Form], dict[int, int]] = {}
+    for index, row in enumerate(prices.items("times")):
+        where = f"{prices.where}times[{index}]"
+        if not isinstance(row, list) or len(row) != 4 or row[0] not in SCHEMES or row[1] not in FORMS:  # noqa: PLR2004
+            _refuse(where, "a scheme, a form, a rank and nanoseconds", row)
+        scheme, form, rank, time = row
+        times.setdefault((scheme, form), {})[_count(rank, where, 1)] = _count(time, where, 0)
+    return TimePrices(prices.count("dense"), times)
+
+
+def _refuse(where: str, expected: str, got: object) -> NoReturn:
+    text = repr(got)
+    shown = text if len(text) <= 60 else f"{type(got).__name__} of {len(text)} characters"  # noqa: PLR2004
+    raise ValueError(f"field {where!r} must be {expected}, got {shown}.")
+
+
+def _count(value: object, where: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
+        _refuse(where, f"a whole number of at least {least}", value)
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        _refuse(where, "a finite number of at least 0", value)
+    try:
+        return float(value)
+    except OverflowError:
+        _refuse(where, "a finite number of at least 0", value)
+
+
+class _Fields:
+    """An object of the file, whose fields are checked when they are read.
+
+    Args:
+        content: what JSON gave.
+        where: the way to it, to name its fields in errors.
+    """
+
+    def __init__(self, content: Any, where: str) -> None:
+        if not isinstance(content, dict):
+            _refuse(where.rstrip("."), "an object", content)
+        self.content, self.where = content, where
+
+    def get(self, name: str) -> Any:
+        if name not in self.content:
+            raise ValueError(f"field {self.where + name!r} is missing.")
+        return self.content[name]
+
+    def _checked(self, name: str, fits: Callable[[Any], bool], expected: str) -> Any:
+        value = self.get(name)
+        if not fits(value):
+            _refuse(f"{self.where}{name}", expected, value)
+        return value
+
+    def nothing(self, *names: str) -> None:
+        for name in names:
+            self._checked(name, lambda value: value is None, "null here")
+
+    def text(self, name: str) -> str:
+        text: str = self._checked(name, lambda value: isinstance(value, str), "a text")
+        return text
+
+    def choice(self, name: str, choices: Sequence[Any]) -> Any:
+        listed = " or ".join(repr(one) for one in choices) or "null: the layer has no scheme"
+        return self._checked(name, lambda value: isinstance(value, str) and value in choices, listed)
+
+    def choices(self, name: str, choices: Sequence[Any]) -> list[Any]:
+        listed = f"a list of {' and '.join(repr(one) for one in choices)}"
+        fits = lambda value: bool(value) and isinstance(value, list) and all(one in choices for one in value)  # noqa: E731
+        return list(self._checked(name, fits, listed))
+
+    def items(self, name: str) -> list[Any]:
+        return list(self._checked(name, lambda value: isinstance(value, list), "a list"))
+
+    def fields(self, name: str) -> _Fields:
+        return _Fields(self.get(name), f"{self.where}{name}.")
+
+    def count(self, name: str, least: int = 0) -> int:
+        return _count(self.get(name), self.where + name, least)
+
+    def counts(self, name: str, least: int) -> list[int]:
+        return [_count(one, f"{self.where}{name}[{index}]", least) for index, one in enumerate(self.items(name))]
+
+    def number(self, name: str) -> float:
+        return _number(self.get(name), self.where + name)
+
+    def numbers(self, name: str) -> list[float]:
+        return [_number(one, f"{self.where}{name}[{index}]") for index, one in enumerate(self.items(name))]

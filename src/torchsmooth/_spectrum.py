@@ -1,0 +1,78 @@
+"""The decomposition of one weight, computed once and kept: any rank, any plan of a sweep and any copy can use it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ._linalg import decompose, factors_in, relative_tail_energies, singular_values, truncated_factors, working_copy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# How far, relative to the largest singular value of its group, a weight may be from the one that was decomposed.
+_SAME = 1e-6
+
+
+class Spectrum:
+    """The singular values of a weight in one matricisation and, once it is known, the basis of its small side.
+
+    It holds no weight: k numbers for each group, k the full rank, and k × k for a basis, in float64 on the CPU. A basis
+    is k / n as large as a weight of k × n in float64, at most twice as large as one in float32. Copies share it;
+    pickles leave the basis out, as it can be computed again.
+
+    Args:
+        matrices: ``(groups, m, n)``, any floating dtype, finite.
+        with_basis: whether to compute the basis now, which is cheaper than computing it later; otherwise
+            :meth:`factors` does so when it is first called.
+    """
+
+    def __init__(self, matrices: Tensor, *, with_basis: bool) -> None:
+        self._values: Tensor
+        self._basis: Tensor | None = None
+        if with_basis:
+            values, basis = decompose(matrices)
+            self._values, self._basis = values.cpu(), basis.cpu()
+        else:
+            self._values = singular_values(matrices).cpu()
+
+    def errors(self) -> Tensor:
+        """Return the squared relative error of every rank, ``(full_rank + 1,)``, one first and zero last."""
+        return relative_tail_energies(self._values)
+
+    def factors(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return what ``truncated_factors`` does, without decomposing again if these are the matrices known here.
+
+        Args:
+            matrices: ``(groups, m, n)``, those of this spectrum or any others of the same shape.
+            rank: 1 … full rank.
+        """
+        basis = self._basis
+        if basis is None:
+            values, basis = decompose(matrices)
+            if not self._agrees(values):  # the weight of another model: nothing to keep
+                return factors_in(basis[..., :rank], matrices)[:2]
+            self._basis = basis.cpu()
+        up, down, sizes = factors_in(basis[..., :rank], matrices)
+        return (up, down) if self._holds(sizes, matrices) else truncated_factors(matrices, rank)
+
+    def _agrees(self, values: Tensor) -> bool:
+        """Check singular values against those known here, in each group."""
+        kept = self._values[..., : values.shape[-1]]
+        return bool(((values.cpu() - kept).abs() <= _SAME * kept.amax(-1, keepdim=True)).all())
+
+    def _holds(self, sizes: Tensor, matrices: Tensor) -> bool:
+        """Check that the basis belongs to the matrices: what it holds of them, and what it leaves, is as it was."""
+        scale = self._values.amax(-1)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        work = working_copy(matrices)
+        whole = (work / scale.to(work.device)[:, None, None]).square().sum((-2, -1)).cpu()
+        expected = (self._values / scale.unsqueeze(-1)).square().sum(-1)
+        return self._agrees(sizes) and bool(((whole - expected).abs() <= _SAME * expected).all())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spectrum:
+        return self  # nothing of it ever changes, but that a basis comes to be known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_values": self._values, "_basis": None}

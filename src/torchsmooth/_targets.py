@@ -1,0 +1,87 @@
+"""What a budget can count: parameters, multiply-accumulates, or time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ._latency import measure_times
+from ._layers import count_parameters
+from ._macs import observe_macs
+from ._prices import MacPrices
+from ._running import as_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from ._running import Inputs
+    from .layer_plan import LayerPlan
+
+Target = Literal["params", "macs", "latency"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+@dataclass(frozen=True)
+class Words:
+    """How to speak of a target."""
+
+    unit: str
+    share: str
+    none_cheaper: str
+    budget_reason: str
+
+
+WORDS: dict[Target, Words] = {
+    "params": Words(
+        "parameters", "the model's parameters", "no rank makes it smaller", "worth its parameters in this budget"
+    ),
+    "macs": Words(
+        "multiply-accumulates",
+        "the model's multiply-accumulates",
+        "no rank needs fewer multiply-accumulates",
+        "worth its multiply-accumulates in this budget",
+    ),
+    "latency": Words("nanoseconds", "the model's time", "no rank is faster", "worth its time in this budget"),
+}
+
+NOT_REACHED = "the example inputs never reach it"
+
+
+def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
+    """Read the example inputs that a target needs; None where they are not needed and not given."""
+    if example_inputs is not None:
+        return as_inputs(example_inputs)
+    if target == "params":
+        return None
+    raise ValueError(
+        f"target {target!r} is measured on example_inputs, got None: pass a tensor, a tuple of positional arguments or "
+        "a dict of keyword arguments for the model."
+    )
+
+
+def price_(
+    model: nn.Module,
+    target: Target,
+    inputs: Inputs | None,
+    candidates: Mapping[str, tuple[LayerPlan, nn.Module]],
+    *,
+    multiple: int,
+    show: bool | None,
+) -> int:
+    """Set the prices of the layers that can be compressed, and return what the whole model costs."""
+    if target == "params" or inputs is None:
+        return count_parameters(model)
+    if target == "macs":
+        whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
+        for name, (layer, _) in candidates.items():
+            layer.prices = MacPrices(found[name], layer.parameters_before)
+    else:
+        whole, times = measure_times(model, inputs, candidates, multiple=multiple, show=show)
+        for name, (layer, _) in candidates.items():
+            layer.prices = times[name]
+    for layer, _ in candidates.values():
+        if not layer.prices.dense:
+            layer.reason = NOT_REACHED
+    return whole

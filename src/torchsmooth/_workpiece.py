@@ -1,0 +1,251 @@
+"""A model laid open for planning: decomposed and priced once, then planned at any ratio."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ._budget import uniformly, within_budget, within_error
+from ._calibration import Calibration, grouped_weight
+from ._checks import check_choice, check_count, check_filter, check_values, describe
+from ._layers import SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
+from ._matricise import FORMS
+from ._objective import importances
+from ._options import calibrated, options_of
+from ._progress import progress as show_progress
+from ._targets import NOT_REACHED, TARGETS, WORDS, Target, needed_inputs, price_
+from .layer_plan import LayerPlan
+from .plan import CompressionPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from ._budget import Frontier
+    from ._matricise import Form
+    from ._running import Inputs
+    from .layer_plan import Choice
+
+Allocation = Literal["budget", "uniform"]
+SchemeOption = Literal["auto", "channel", "input", "spatial"]
+FormOption = Literal["auto", "factored", "pivoted"]
+
+_FORMS: dict[str, tuple[Form, ...]] = {"auto": FORMS, "factored": ("factored",), "pivoted": ("pivoted",)}
+_FILTERED = "left out by filter_fn"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, checked."""
+
+    scheme: SchemeOption
+    form: FormOption
+    allocation: Allocation
+    target: Target
+    inputs: Inputs | None
+    multiple: int
+    filter_fn: Callable[[nn.Module, str], bool] | None
+    show: bool | None
+    calibration: Calibration | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        scheme: SchemeOption,
+        form: FormOption,
+        allocation: Allocation,
+        target: Target,
+        example_inputs: Any,
+        rank_multiple: int,
+        filter_fn: Callable[[nn.Module, str], bool] | None,
+        progress: bool | None,
+        calibration: Any,
+    ) -> Request:
+        """Check what a user asks for."""
+        check_choice(scheme, "scheme", SCHEME_OPTIONS)
+        check_choice(form, "form", get_args(FormOption))
+        check_choice(allocation, "allocation", get_args(Allocation))
+        check_choice(target, "target", TARGETS)
+        check_filter(filter_fn)
+        multiple = check_count(rank_multiple, "rank_multiple", 2**31 - 1, "ranks are multiples of it")
+        if progress is not None and not isinstance(progress, bool):
+            raise TypeError(f"progress must be True, False or None, got {describe(progress)}.")
+        inputs = needed_inputs(target, example_inputs)
+        kept = Calibration.of(calibration, progress)
+        return cls(scheme, form, allocation, target, inputs, multiple, filter_fn, progress, kept)
+
+
+class Workpiece:
+    """A model, decomposed and priced, from which plans for any ratio can be made.
+
+    Args:
+        model: the model.
+        request: what was asked for.
+    """
+
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self.model, self.request = model, request
+        found = [_unless_filtered(one, request.filter_fn) for one in find_layers(model)]
+        self.parameters = count_parameters(model)
+        weights = {one.name: weight_of(one.module) for one in found if not one.reason}
+        for name, weight in weights.items():
+            check_values(weight, name)
+        importance = dict(zip(weights, importances(list(weights.values())), strict=True))
+        self.layers = [
+            _layer_plan(one, request, importance.get(one.name, 0.0))
+            for one in show_progress(found, "Decomposing layers", enabled=request.show)
+        ]
+        if request.calibration is not None:
+            self._calibrate(request.calibration, {one.name: one.module for one in found}, importance)
+        self.cost = price_(
+            model,
+            request.target,
+            request.inputs,
+            {layer.name: (layer, one.module) for layer, one in zip(self.layers, found, strict=True) if layer.options},
+            multiple=request.multiple,
+            show=request.show,
+        )
+
+    def _calibrate(
+        self, calibration: Calibration, modules: Mapping[str, nn.Module], importance: Mapping[str, float]
+    ) -> None:
+        """Weigh ranks by the error at the output, where the data comes."""
+        layers = {layer.name: layer for layer in self.layers if layer.options}
+        for name, traffic, moments in calibration.look(
+            self.model, {name: modules[name] for name in layers}, moments=True
+        ):
+            if moments.count:
+                module, layer = modules[name], layers[name]
+                inner = moments.inner(centred=traffic.normed or module._parameters.get("bias") is not None)
+                layer.options = calibrated(layer.options, name, grouped_weight(module), inner, importance[name])
+
+    def plan(self, ratio: float | None, max_error: float | None = None) -> CompressionPlan:
+        """Make the plan for one ratio or one error bound, both checked."""
+        request, layers = self.request, [layer.copy() for layer in self.layers]
+        candidates = [layer for layer in layers if layer.options and layer.reason != NOT_REACHED]
+        what: Literal["losses", "errors"] = "losses" if max_error is None else "errors"
+        choices = [layer.choices(what, request.multiple) for layer in candidates]
+        frontiers = [frontier for frontier, _ in choices]
+        shrinkable = [len(frontier.costs) > 1 or meanings[int(frontier.labels[0])] for frontier, meanings in choices]
+        if not any(shrinkable):
+            raise ValueError(self._nothing_to_compress(layers))
+        if max_error is not None:
+            indices = within_error(frontiers, max_error)
+            asked = f"max_error {max_error}"
+        else:
+            indices = self._within(ratio or 0.0, layers, candidates, frontiers)
+            share = "" if request.target == "params" else f" of {WORDS[request.target].share}"
+            asked = f"ratio {ratio}{share}" + (", uniform" if request.allocation == "uniform" else "")
+        asked += "" if request.calibration is None else ", calibrated"
+        for layer, (frontier, meanings), index, able in zip(candidates, choices, indices, shrinkable, strict=True):
+            choice = meanings[int(frontier.labels[index])]
+            if choice is not None:
+                layer.choose(choice.scheme, choice.rank, choice.form)
+            elif not able:
+                layer.reason = self._none_cheaper()
+            else:
+                within = WORDS[request.target].budget_reason
+                layer.reason = within if max_error is None else "no smaller rank is within max_error"
+        plan = CompressionPlan(
+            tuple(layers),
+            self.parameters,
+            asked,
+            request.target,
+            self.cost if request.target == "macs" else None,
+            self.cost / 1e9 if request.target == "latency" else None,
+        )
+        if max_error is not None and plan.parameters_after == self.parameters:
+            raise ValueError(_nothing_within(max_error, candidates, choices))
+        return plan
+
+    def _within(
+        self, ratio: float, layers: list[LayerPlan], candidates: list[LayerPlan], frontiers: list[Frontier]
+    ) -> list[int]:
+        fixed = self.cost - sum(layer.prices.dense for layer in candidates)
+        least = fixed + sum(int(one.costs[0]) for one in frontiers)
+        allowed = self.cost - math.ceil(Fraction(str(ratio)) * self.cost)
+        if allowed < least:
+            raise ValueError(self._unreachable(ratio, least, layers))
+        return (within_budget if self.request.allocation == "budget" else uniformly)(frontiers, allowed - fixed)
+
+    def _unreachable(self, ratio: float, least: int, layers: list[LayerPlan]) -> str:
+        request, words, total = self.request, WORDS[self.request.target], self.cost
+        reachable = 1 - Fraction(least, total)
+        digits = next((digits for digits in range(4, 20) if math.floor(reachable * 10**digits)), 4)
+        most = math.floor(reachable * 10**digits) / 10**digits
+        smallest = "rank 1" if request.multiple == 1 else f"the smallest multiple of {request.multiple} as rank"
+        text = (
+            f"ratio {ratio} cannot be reached: with {smallest} in every layer that can be compressed, {least:,} of "
+            f"{total:,} {words.unit} are left"
+        )
+        if request.target == "params":
+            dense = sorted((one for one in layers if not one.options), key=lambda one: -one.parameters_before)
+            text += f" ({sum(one.parameters_before for one in dense):,} of them in layers that stay dense"
+            if dense:
+                text += f", above all {dense[0].name or 'the model itself'!r}: {dense[0].reason}"
+            text += "; the rest in factors, biases and norms)"
+        elif request.target == "latency":
+            text = (
+                f"ratio {ratio} cannot be reached: with the fastest choice in every layer, {least / 1e6:.3g} of "
+                f"{total / 1e6:.3g} ms are left"
+            )
+        return f"{text}. The largest ratio that can be reached is {most}."
+
+    def _none_cheaper(self) -> str:
+        request = self.request
+        if request.multiple == 1 or request.target == "latency":
+            return WORDS[request.target].none_cheaper
+        among = f"no rank that is a multiple of {request.multiple}"
+        return WORDS[request.target].none_cheaper.replace("no rank", among)
+
+    def _nothing_to_compress(self, layers: list[LayerPlan]) -> str:
+        kind = type(self.model).__name__
+        left_out = sum(one.reason == _FILTERED for one in layers)
+        if left_out:
+            return (
+                f"nothing to compress in this {kind}: filter_fn left out {left_out} layers and the others "
+                "have to stay dense. filter_fn(module, qualified_name) returns True for a layer to compress."
+            )
+        reasons = [f"{one.name or '(the model)'}: {one.reason or self._none_cheaper()}" for one in layers]
+        listed = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")  # noqa: PLR2004
+        found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"
+        return (
+            f"nothing to compress in this {kind}: {found}. "
+            "Linear and Conv2d layers with more than a few channels can be."
+        )
+
+
+def _unless_filtered(found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None) -> FoundLayer:
+    if not found.reason and filter_fn is not None and not filter_fn(found.module, found.name):
+        return FoundLayer(found.name, found.module, _FILTERED)
+    return found
+
+
+def _layer_plan(found: FoundLayer, request: Request, importance: float) -> LayerPlan:
+    module, forms = found.module, _FORMS[request.form]
+    kind = type(module).__name__
+    if found.reason:
+        weights = weights_of(module)
+        plan = LayerPlan(found.name, kind, tuple(weights[0].shape) if weights else (), {}, found.reason, forms=forms)
+        plan.parameters_before = sum(one.numel() for one in weights)
+        return plan
+    options = options_of(found, request.scheme, importance)
+    return LayerPlan(found.name, kind, tuple(weight_of(module).shape), options, forms=forms)
+
+
+def _nothing_within(
+    max_error: float, candidates: list[LayerPlan], choices: list[tuple[Frontier, list[Choice | None]]]
+) -> str:
+    least, name = min(
+        (math.sqrt(float(frontier.errors[-2])), layer.name)
+        for layer, (frontier, _) in zip(candidates, choices, strict=True)
+        if len(frontier.costs) > 1
+    )
+    return (
+        f"nothing to compress: no layer can be made smaller within max_error={max_error}. "
+        f"The layer that comes closest is {name!r}, with a relative error of {least:.4g}."
+    )

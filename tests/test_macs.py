@@ -1,0 +1,215 @@
+"""A budget of multiply-accumulates: counted exactly, for every geometry, and on models with a flow of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.networks import Shared, mlp, same, small_resnet, snapshot
+from tests.strategies import convolutions, fill_, randn, seeds
+from torchsmooth import plan_compression, svd_compress_, sweep
+
+IMAGES = randn(2, 3, 16, 16, seed=0, dtype=torch.float32)
+
+
+def counted(model, *args, **kwargs):
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*args, **kwargs)
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+@given(seeds, st.floats(0.05, 0.7), st.sampled_from(["auto", "factored", "pivoted"]))
+def test_planned_counts_are_those_of_the_model_that_comes_out(seed, ratio, form):
+    model = small_resnet(seed)
+    before = counted(model, IMAGES)
+    plan = plan_compression(model, ratio, form=form, target="macs", example_inputs=IMAGES)
+    assert plan.macs_before == before
+    report = plan.apply_(model, IMAGES)
+    assert plan.macs_after == report.macs_after == counted(model, IMAGES) <= (1 - ratio) * before
+    assert report.macs_before == before
+    for layer in report.layers:
+        assert layer.parameters_after <= layer.parameters_before
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=80)
+@given(convolutions(dtype=torch.float32), st.sampled_from(["factored", "pivoted"]), st.data())
+def test_every_choice_is_priced_exactly(case, form, data):
+    conv, images = case
+    wide = nn.Sequential(nn.Conv2d(conv.out_channels, 30, 1), nn.Conv2d(30, 30, 1))
+    model = nn.Sequential(OrderedDict(conv=conv, wide=wide))  # something that can be compressed in any case
+    plan = plan_compression(model, 0.01, target="macs", example_inputs=images)
+    layer = plan["conv"]
+    for scheme, option in layer.options.items():
+        layout = option.matricisation
+        fitting = [
+            rank
+            for rank in range(1, layout.largest_rank(form) + 1)
+            if layout.parameters(rank, form) < layer.parameters_before
+        ]
+        if fitting:
+            layer.choose(scheme, data.draw(st.sampled_from(fitting)), form)
+            other = copy.deepcopy(model)
+            report = plan.apply_(other, images)
+            assert report.macs_after == plan.macs_after == counted(other.eval(), images)
+
+
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)])
+def test_linear_layers_count_every_row(shape):
+    model = mlp()
+    inputs = randn(*shape, seed=0, dtype=torch.float32)
+    report = svd_compress_(model, 0.5, target="macs", example_inputs=inputs)
+    assert report.macs_after == counted(model, inputs) <= 0.5 * report.macs_before
+
+
+def test_an_image_without_a_batch_counts_once():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    report = svd_compress_(model, 0.5, target="macs", example_inputs=IMAGES[0])
+    assert report.macs_after == counted(model, IMAGES[0]) <= 0.5 * report.macs_before
+
+
+def test_a_module_that_is_called_twice_counts_twice():
+    model = fill_(Shared(), 0)
+    inputs = randn(4, 16, seed=0, dtype=torch.float32)
+    plan = plan_compression(model, 0.4, target="macs", example_inputs=inputs)
+    assert plan["first"].prices.dense == 3 * 4 * 16 * 16
+    report = plan.apply_(model, inputs)
+    assert report.macs_after == plan.macs_after == counted(model, inputs)
+
+
+def test_inputs_may_be_positional_or_named():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, one, *, other):
+            return self.left(one) + self.right(input=other)
+
+    model = fill_(Both(), 0)
+    inputs = {"one": torch.zeros(2, 16), "other": torch.zeros(3, 1, 16)}
+    plan = plan_compression(model, 0.4, target="macs", example_inputs=inputs)
+    assert [layer.prices.dense for layer in plan] == [2 * 256, 3 * 256]
+    assert plan.apply_(model, inputs).macs_after == counted(model, **inputs)
+    one = plan_compression(mlp(), 0.4, target="macs", example_inputs=(torch.zeros(2, 24),))
+    assert one == plan_compression(mlp(), 0.4, target="macs", example_inputs=torch.zeros(2, 24))
+
+
+def test_a_layer_that_is_never_reached_stays_dense():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Half()
+    plan = plan_compression(model, 0.4, target="macs", example_inputs=torch.zeros(1, 32))
+    assert plan["idle"].reason == "the example inputs never reach it"
+    report = plan.apply_(model, torch.zeros(1, 32))
+    assert type(model.idle) is nn.Linear
+    assert report.macs_after <= 0.6 * report.macs_before
+
+
+def test_layers_of_a_transformer_are_counted_although_it_would_run_fused():
+    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).eval()
+    model = nn.Sequential(fill_(layer, 0))
+    inputs = randn(2, 5, 16, seed=0, dtype=torch.float32)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    plan = plan_compression(model, 0.2, target="macs", example_inputs=inputs)
+    assert plan["0.linear1"].prices.dense == 2 * 5 * 16 * 64
+    report = plan.apply_(model, inputs)
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+    assert report.macs_after == plan.macs_after <= 0.8 * report.macs_before
+
+
+def test_the_cheapest_layers_for_their_work_are_not_those_for_their_parameters():
+    model = small_resnet()
+    plans = [
+        plan_compression(model, 0.5),
+        plan_compression(model, 0.5, target="macs", example_inputs=IMAGES),
+    ]
+    assert plans[0] != plans[1]
+    assert plans[0].macs_before is plans[0].macs_after is None
+    assert "multiply-accumulates" in str(plans[1])
+    assert "multiply-accumulates" not in str(plans[0])
+
+
+def test_planning_leaves_everything_as_it_was():
+    model = small_resnet().train()
+    model.add_module("dropout", nn.Dropout(0.5))
+    model.fc.eval()
+    before, state = snapshot(model), torch.get_rng_state()
+    plan_compression(model, 0.5, target="macs", example_inputs=IMAGES)
+    sweep(model, [0.3, 0.5], target="macs", example_inputs=IMAGES)
+    assert same(before, snapshot(model))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 5), (torch.zeros(2, 24), torch.zeros(1)), {"other": torch.zeros(2)}])
+def test_inputs_that_do_not_fit_change_nothing(bad):
+    model = mlp().train()
+    before = snapshot(model)
+    with pytest.raises((RuntimeError, TypeError)):
+        svd_compress_(model, 0.5, target="macs", example_inputs=bad)
+    plan = plan_compression(model, 0.5, target="macs", example_inputs=torch.zeros(2, 24))
+    with pytest.raises((RuntimeError, TypeError)):
+        plan.apply_(model, bad)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"target": "macs"}, ValueError, "target 'macs' is measured on example_inputs, got None: pass a tensor"),
+        ({"target": "latency"}, ValueError, "target 'latency' is measured on example_inputs"),
+        ({"target": "flops"}, ValueError, "target must be one of 'params', 'macs', 'latency'"),
+        ({"example_inputs": [torch.zeros(1)]}, TypeError, "example_inputs must be a tensor, a tuple"),
+        ({"target": "macs", "example_inputs": {1: 2}}, TypeError, "example_inputs must be a tensor, a tuple"),
+        (
+            {"ratio": None, "max_error": 0.1, "target": "macs", "example_inputs": torch.zeros(2, 24)},
+            ValueError,
+            "max_error .* cannot be combined with target 'macs': give a ratio, or leave target out",
+        ),
+        (
+            {"ratio": 0.99, "target": "macs", "example_inputs": torch.zeros(2, 24)},
+            ValueError,
+            "multiply-accumulates are left. The largest ratio that can be reached is",
+        ),
+    ],
+)
+def test_bad_targets_are_refused(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        plan_compression(mlp(), **{"ratio": 0.5, **kwargs})
+
+
+def test_the_largest_ratio_of_multiply_accumulates_can_be_reached():
+    model = small_resnet()
+    with pytest.raises(ValueError, match="cannot be reached") as caught:
+        plan_compression(model, 0.999, target="macs", example_inputs=IMAGES)
+    largest = float(str(caught.value).rsplit(" ", 1)[1].rstrip("."))
+    plan = plan_compression(model, largest, target="macs", example_inputs=IMAGES)
+    assert plan.macs_after <= (1 - largest) * plan.macs_before
+
+
+def test_inputs_given_for_parameters_are_no_mistake():
+    report = svd_compress_(mlp(), 0.5, example_inputs=torch.zeros(2, 24))
+    assert report.macs_before is report.macs_after is report.latency_before is None
+
+
+def test_without_inputs_the_report_has_the_planned_counts():
+    model = mlp()
+    plan = plan_compression(model, 0.5, target="macs", example_inputs=torch.zeros(2, 24), allocation="uniform")
+    report = plan.apply_(model)
+    assert (report.macs_before, report.macs_after) == (plan.macs_before, plan.macs_after)
+    assert report.to_dict()["macs_after"] == plan.to_dict()["macs_after"] == counted(model, torch.zeros(2, 24))

@@ -1,0 +1,83 @@
+"""What a plan makes small: absolute squared errors, at any scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.networks import mlp, small_resnet
+from tests.strategies import randn, seeds
+from torchsmooth import plan_compression
+from torchsmooth._budget import Frontier, within_budget
+from torchsmooth._objective import importances
+
+
+def choices(plan):
+    return [(layer.scheme, layer.form, layer.rank) for layer in plan]
+
+
+@given(st.lists(st.tuples(seeds, st.floats(-3, 3)), min_size=1, max_size=5))
+def test_importances_are_squared_norms_over_the_largest(layers):
+    weights = [10.0**power * randn(3, 4, seed=seed) for seed, power in layers]
+    squares = [float(weight.square().sum()) for weight in weights]
+    assert importances(weights) == pytest.approx([one / max(squares) for one in squares])
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e150, 1e300])
+def test_importances_do_not_depend_on_the_scale(scale):
+    weights = [randn(5, 5, seed=0), 0.1 * randn(5, 5, seed=1), torch.zeros(5, 5, dtype=torch.float64)]
+    assert importances([scale * one for one in weights]) == pytest.approx(importances(weights))
+    assert importances(weights)[2] == 0.0
+
+
+def test_nothing_but_zeros_has_no_importance():
+    assert importances([torch.zeros(2, 2), torch.zeros(3, 3)]) == [0.0, 0.0]
+    assert importances([]) == []
+
+
+@settings(max_examples=20)
+@given(seeds, st.floats(0.2, 0.8))
+def test_losses_are_absolute_errors_up_to_one_factor(seed, ratio):
+    model = small_resnet(seed)
+    plan = plan_compression(model, ratio)
+    norms = {layer.name: float(model.get_submodule(layer.name).weight.detach().double().norm()) for layer in plan}
+    largest = max(norms.values())
+    for layer in plan:
+        for option in layer.options.values():
+            assert torch.allclose(option.losses, option.errors * (norms[layer.name] / largest) ** 2)
+
+
+def test_a_layer_with_small_weights_gives_way():
+    model = mlp(0, (64, 64, 64))
+    model[0].weight.data.mul_(0.1)
+    plan = plan_compression(model, 0.6)
+    assert plan["0"].rank < plan["2"].rank
+    assert plan["0"].relative_error > plan["2"].relative_error
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e30])
+def test_plans_do_not_depend_on_the_scale_of_the_weights(scale):
+    model, scaled = mlp(1), mlp(1)
+    for module in (scaled[0], scaled[2], scaled[4]):
+        module.weight.data.mul_(scale)
+    assert choices(plan_compression(model, 0.5)) == choices(plan_compression(scaled, 0.5))
+
+
+@given(seeds, st.sampled_from([-250, -40, 40, 250]), st.integers(10, 200))
+def test_the_budget_is_spent_alike_at_any_scale_of_losses(seed, power, budget):
+    errors = [randn(20, seed=seed + one).abs().sort(descending=True).values for one in range(4)]
+    costs = torch.arange(1, 21) * 3
+    frontiers, scaled = ([Frontier.of(costs, factor * one) for one in errors] for factor in (1.0, 2.0 ** (power * 3)))
+    assert within_budget(frontiers, budget + 12) == within_budget(scaled, budget + 12)
+
+
+def test_a_zero_weight_among_others_loses_nothing():
+    model = mlp(0, (32, 32, 32))
+    nn.init.zeros_(model[0].weight)
+    plan = plan_compression(model, 0.5)
+    assert (plan["0"].rank, plan["0"].relative_error) == (1, 0.0)
+    report = plan.apply_(model)
+    assert report["0"].relative_error == 0.0

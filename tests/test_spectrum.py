@@ -1,0 +1,182 @@
+"""One decomposition: computed once, shared by all plans of a sweep, and never used for another weight."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.networks import mlp, small_resnet
+from tests.strategies import hard_matrices, randn, seeds
+from torchsmooth import plan_compression, sweep
+from torchsmooth._linalg import decompose, factors_in, truncated_factors
+from torchsmooth._spectrum import Spectrum
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """Count the decompositions by kind and size."""
+    counts = Counter()
+
+    def counting(name):
+        solve = getattr(torch.linalg, name)
+
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return solve(*args, **kwargs)
+
+        return counted
+
+    for name in ("eigh", "eigvalsh", "svd", "svdvals"):
+        monkeypatch.setattr(torch.linalg, name, counting(name))
+    return counts
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def equal(one, other):
+    return all(torch.equal(left, right) for left, right in zip(weights(one), weights(other), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_a_known_basis_gives_the_same_factors(dtype, data):
+    matrices = data.draw(hard_matrices(dtype=dtype)).unsqueeze(0)
+    rank = data.draw(st.integers(1, min(matrices.shape[1:])))
+    expected = truncated_factors(matrices, rank)
+    for with_basis in (True, False):
+        spectrum = Spectrum(matrices, with_basis=with_basis)
+        for _ in range(2):  # the second time with the basis of the first
+            assert all(map(torch.equal, spectrum.factors(matrices, rank), expected))
+
+
+@given(hard_matrices())
+def test_projections_onto_the_basis_are_as_long_as_the_singular_values(matrix):
+    values, basis = decompose(matrix.unsqueeze(0))
+    sizes = factors_in(basis, matrix.unsqueeze(0))[2]
+    assert torch.allclose(sizes, values, rtol=1e-6, atol=1e-7 * float(values.max()))
+
+
+def test_a_small_group_beside_a_large_one_is_looked_at_too():
+    matrices = randn(2, 6, 9, seed=0) * torch.tensor([1.0, 1e-9]).reshape(2, 1, 1)
+    other = matrices.clone()
+    other[1] = 1e-9 * randn(6, 9, seed=5)
+    spectrum = Spectrum(matrices, with_basis=True)
+    assert all(map(torch.equal, spectrum.factors(other, 2), truncated_factors(other, 2)))
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(1, 6), st.sampled_from(["other", "scaled", "more", "rotated", "zero"]), st.booleans())
+def test_a_basis_is_not_used_for_another_weight(seed, rank, change, with_basis):
+    matrices = randn(2, 6, 9, seed=seed)
+    spectrum = Spectrum(matrices, with_basis=with_basis)
+    spectrum.factors(matrices, rank)
+    if change == "more":  # what is kept stays as it is, but something larger lies beside it
+        left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+        values[..., -1] *= 1000
+        other = (left * values.unsqueeze(-2)) @ right
+    else:
+        other = {
+            "other": randn(2, 6, 9, seed=seed + 1),
+            "scaled": 1.001 * matrices,
+            "rotated": matrices.flip(-2),
+            "zero": torch.zeros_like(matrices),
+        }[change]
+    assert all(map(torch.equal, spectrum.factors(other, rank), truncated_factors(other, rank)))
+    assert all(map(torch.equal, spectrum.factors(matrices, rank), truncated_factors(matrices, rank)))
+
+
+def test_no_layer_is_decomposed_twice(solves):
+    model = small_resnet()
+    plans = sweep(model, [0.3, 0.5, 0.7, 0.8], scheme="auto")
+    single = sum(len(layer.options) == 1 for layer in plans[0])
+    several = sum(len(layer.options) for layer in plans[0] if len(layer.options) > 1)
+    assert solves == {"eigh": single, "eigvalsh": several}
+    applied = {(layer.name, layer.scheme) for plan in plans for layer in plan if len(layer.options) > 1 and layer.rank}
+    for plan in [*plans, *plans]:
+        plan.apply_(copy.deepcopy(model))
+    assert solves["eigh"] == single + len(applied)
+    assert solves["eigvalsh"] == several
+
+
+def test_linear_layers_are_decomposed_just_once_in_all(solves):
+    model = mlp()
+    plan_compression(model, 0.5).apply_(model)
+    assert solves == {"eigh": 3}
+
+
+def test_float64_layers_take_one_svd(solves):
+    model = mlp().double()
+    plan_compression(model, 0.5).apply_(model)
+    assert solves == {"svd": 3}
+
+
+@pytest.mark.parametrize("build", [mlp, small_resnet])
+def test_a_plan_applied_to_other_weights_decomposes_those(build):
+    plan = plan_compression(build(0), 0.5)
+    plan.apply_(build(0))
+    results = []
+    for one in (plan, copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        model = build(1)
+        one.apply_(model)
+        results.append(model)
+    fresh = build(1)
+    again = plan_compression(build(0), 0.5)
+    for layer in again:  # so that nothing of the first weights is known
+        for scheme, option in layer.options.items():
+            object.__setattr__(option, "spectrum", None)
+            assert layer.options[scheme].spectrum is None
+    again.apply_(fresh)
+    assert all(equal(model, fresh) for model in results)
+
+
+def test_copies_share_what_was_decomposed_and_pickles_leave_the_basis_out(solves):
+    model = mlp()
+    plan = plan_compression(model, 0.5)
+    size = len(pickle.dumps(plan))
+    models = [copy.deepcopy(model) for _ in range(3)]
+    other = copy.deepcopy(plan)
+    other["0"].rank = 3
+    assert plan["0"].rank != 3
+    plan.apply_(models[0])
+    other.apply_(models[1])
+    assert solves == {"eigh": 3}
+    pickle.loads(pickle.dumps(plan)).apply_(models[2])
+    assert solves == {"eigh": 6}
+    assert equal(models[0], models[2])
+    assert size < 8 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_plan_holds_no_weights():
+    model = mlp()
+    plan = plan_compression(model, 0.5)
+    expected = copy.deepcopy(model)
+    plan.apply_(expected)
+    changed = copy.deepcopy(model)
+    plan_before = plan.to_dict()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    plan.apply_(changed)
+    assert equal(changed, expected)
+    assert plan.to_dict() == plan_before
+
+
+def test_a_plan_made_in_inference_mode_can_be_applied_outside():
+    model, expected = mlp(), mlp()
+    with torch.inference_mode():
+        plan = plan_compression(model, 0.5)
+    plan.apply_(model)
+    plan_compression(expected, 0.5).apply_(expected)
+    assert equal(model, expected)
+    model(torch.zeros(1, 24)).sum().backward()
+    assert isinstance(model, nn.Module)
