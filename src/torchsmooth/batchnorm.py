@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._checks import check_initialised, check_module, describe
+from ._batches import check_batch, check_batches, run
+from ._checks import check_initialised, check_module
+from ._norms import norms_of
+from ._running import observing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["recalibrate_batchnorm_"]
 
@@ -50,21 +56,14 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     """
     check_module(model)
     check_initialised(model)
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches must be an iterable of inputs, such as [inputs] or a DataLoader, got {describe(batches)}."
-        )
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-    }
+    check_batches(batches, "batches")
+    norms = norms_of(model)
     if not norms:
         raise ValueError(f"this {type(model).__name__} has no BatchNorm layer with running statistics to estimate.")
-    with torch.no_grad(), _random_state_kept(model), _estimating(model, list(norms.values())):
+    with observing(model), _estimating(list(norms.values())):
         count = 0
         for batch in batches:
-            _run(model, batch)
+            run(model, check_batch(batch))
             count += 1
         if not count:
             raise ValueError("batches is empty: pass at least one batch (an iterator can be used up only once).")
@@ -77,23 +76,9 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     return model
 
 
-def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)) and batch:
-        model(batch[0])
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        raise TypeError(
-            f"a batch must be a tensor, a tuple or list that begins with the input, or a dict; got {describe(batch)}."
-        )
-
-
 @contextmanager
-def _estimating(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Put the norms alone in training mode, with fresh statistics; then put back modes, and what an error spoils."""
-    training = [(module, module.training) for module in model.modules()]
+def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Put norms in training mode, with fresh statistics; then put back momenta, and what an error spoils."""
     momenta = [(norm, norm.momentum) for norm in norms]
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     steps = [
@@ -102,8 +87,6 @@ def _estimating(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         if norm.num_batches_tracked is not None
     ]
     try:
-        for module, _ in training:
-            module.training = False
         for norm in norms:
             norm.reset_running_stats()
             norm.training, norm.momentum = True, None  # None: the plain average over the batches
@@ -115,15 +98,5 @@ def _estimating(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for tracked, before in steps:  # not training steps
             tracked.copy_(before)
-        for module, mode in training:
-            module.training = mode
         for norm, momentum in momenta:
             norm.momentum = momentum
-
-
-@contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Keep the random state of the CPU (a shuffling loader draws from it) and of the model's own devices."""
-    devices = sorted({one.device.index for one in model.parameters() if one.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -1,0 +1,57 @@
+"""Batches of inputs, as a DataLoader gives them: what they may be, and how a model is run on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._checks import describe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check_batches(batches: object, name: str) -> None:
+    """Refuse what cannot be a collection of batches: one tensor would be taken for as many batches as it has rows."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of inputs, such as [inputs] or a DataLoader, got {describe(batches)}."
+        )
+
+
+def collect(batches: Iterable[Any], name: str) -> list[Any]:
+    """Keep the inputs of all batches, so that they can be gone over again; labels are dropped.
+
+    The random state of the CPU is as before afterwards: a loader draws from it, even one that does not shuffle.
+    """
+    check_batches(batches, name)
+    with torch.random.fork_rng(devices=[]):
+        kept = [check_batch(batch) for batch in batches]
+    if not kept:
+        raise ValueError(f"{name} is empty: pass at least one batch (an iterator can be used up only once).")
+    return kept
+
+
+def check_batch(batch: Any) -> Any:
+    """Return the input of a batch: the tensor, the first element of a tuple or list, or the dict."""
+    if isinstance(batch, (tuple, list)) and batch:
+        return batch[0]
+    if isinstance(batch, (Tensor, Mapping)):
+        return batch
+    raise TypeError(
+        f"a batch must be a tensor, a tuple or list that begins with the input, or a dict; got {describe(batch)}."
+    )
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call a model with what :func:`check_batch` returns, or copies: a model that begins in place would change it."""
+    if isinstance(batch, Mapping):
+        return model(**{name: _copy(value) for name, value in batch.items()})
+    return model(_copy(batch))
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value

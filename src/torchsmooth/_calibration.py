@@ -1,0 +1,184 @@
+"""What calibration data says about the layers of a model: where it goes, and the second moments of what arrives."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ._batches import collect, run
+from ._layers import KINDS, weight_of
+from ._matricise import channel_view
+from ._moments import Moments, input_rows
+from ._norms import norms_of
+from ._progress import progress
+from ._running import observing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+# Inputs wider than this are not whitened: their moment has that many rows and columns, in float64.
+WIDEST = 8192
+# Bytes of moments that one pass gathers at most, unless a single layer needs more.
+_AT_ONCE = 1 << 30
+
+TOO_WIDE = f"not calibrated: its input is wider than {WIDEST:,}"
+NOT_REACHED = "not calibrated: the data never reached it"
+
+
+@dataclass
+class Traffic:
+    """How the batches go through one layer.
+
+    Attributes:
+        calls: how often it is called, for each batch.
+        order: its place among the layers, by the first call.
+        normed: whether a BatchNorm takes each output, so that its mean does not matter.
+    """
+
+    calls: list[int] = field(default_factory=list)
+    order: int = -1
+    normed: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether any batch comes here."""
+        return self.order >= 0
+
+
+class Calibration:
+    """Unlabelled batches, kept to be run again.
+
+    Memory: the inputs of the batches and, at a time, the moments of as many layers as fit 1 GiB, or of one.
+
+    Args:
+        batches: an iterable of inputs.
+        show: whether to show progress; None: on a terminal.
+    """
+
+    def __init__(self, batches: Any, show: bool | None = None) -> None:  # noqa: FBT001 - three states
+        self.batches = collect(batches, "calibration")
+        self.show = show
+
+    @classmethod
+    def of(cls, batches: Any, show: bool | None) -> Calibration | None:  # noqa: FBT001 - three states
+        """Keep batches, unless there are none or they are kept already."""
+        return batches if batches is None or isinstance(batches, cls) else cls(batches, show)
+
+    def look(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], *, moments: bool
+    ) -> Iterator[tuple[str, Traffic, Moments]]:
+        """Run the batches, and yield each layer with its traffic and the moments of its input.
+
+        Args:
+            model: a model, which is as before at every yield.
+            layers: Linear and Conv2d modules of it, by name.
+            moments: whether to gather moments at all; of inputs that are too wide none are.
+        """
+        for group in _groups(layers) if moments else [dict(layers)]:
+            traffic = {name: Traffic() for name in group}
+            gathered = {name: Moments() for name in group}
+            names = {module: name for name, module in group.items()}
+            with running(model), _watching(model, names, traffic) as seen:
+
+                def gather(module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
+                    name = names[module]  # noqa: B023 - called in this turn of the loop only
+                    if moments and width_of(module) <= WIDEST:
+                        rows = input_rows(module, args[0] if args else kwargs["input"], len(traffic[name].calls))  # noqa: B023
+                        gathered[name].add(rows, rows[..., :0])  # noqa: B023
+
+                with ExitStack() as stack:
+                    for module in names:
+                        stack.callback(hook_first(module, gather))
+                    for batch in progress(self.batches, "calibrating", enabled=self.show):
+                        seen.clear()
+                        for one in traffic.values():
+                            one.calls.append(0)
+                        run(model, batch)
+            for name in group:
+                yield name, traffic[name], gathered.pop(name)
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Run a model only to look at it: in eval mode, without gradients, and without what skips hooks.
+
+    That is compiled code, and the fast path of transformer encoders with the nested tensors that go through it.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with observing(model), stance("force_eager") if stance else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, names: Mapping[nn.Module, str], traffic: Mapping[str, Traffic]
+) -> Iterator[dict[int, Any]]:
+    """Note the calls of layers, and which of their outputs goes straight into a BatchNorm."""
+    # Outputs of layers that nobody has taken yet in this run, by identity; dead ones are of no use to a norm.
+    untaken: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    order = iter(range(len(names)))
+
+    def called(module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
+        one = traffic[names[module]]
+        if not one.reached:
+            one.order = next(order)
+        one.calls[-1] += 1
+        untaken[id(output)] = weakref.ref(output), names[module]
+
+    def taken(_norm: nn.Module, args: Any, kwargs: Any) -> None:
+        given = args[0] if args else kwargs["input"]
+        reference, name = untaken.pop(id(given), (None, ""))
+        if reference is not None and reference() is given:
+            counts[name] = counts.get(name, 0) + 1
+
+    counts: dict[str, int] = {}
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(hook_first(module, called))
+        for norm in norms_of(model).values():
+            stack.callback(norm.register_forward_pre_hook(taken, with_kwargs=True).remove)
+        yield untaken
+    for name, one in traffic.items():
+        one.normed = one.reached and counts.get(name, 0) == sum(one.calls)
+
+
+def hook_first(module: nn.Module, hook: Callable[[nn.Module, Any, Any, Tensor], None]) -> Callable[[], None]:
+    """Have a module's own output noted, before hooks of the user change it; returns what takes the hook off again."""
+    return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove
+
+
+def width_of(layer: nn.Module) -> int:
+    """Return how many numbers each output of a layer is made of."""
+    weight = weight_of(layer)
+    return weight[0].numel()
+
+
+def grouped_weight(layer: nn.Module) -> Tensor:
+    """Return the weight as patches see it, ``(groups, out / groups, n)``."""
+    return channel_view(weight_of(layer).detach(), KINDS[type(layer)].groups(layer)).flatten(2)
+
+
+def _groups(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """Split layers, in order, so that the moments of each part fit the memory."""
+    groups: list[dict[str, nn.Module]] = []
+    room = 0
+    for name, module in layers.items():
+        width = width_of(module)
+        need = 8 * KINDS[type(module)].groups(module) * width**2 if width <= WIDEST else 0
+        if not groups or need > room:
+            groups.append({})
+            room = _AT_ONCE
+        groups[-1][name] = module
+        room -= need
+    return groups

@@ -1,0 +1,158 @@
+"""Second moments of what goes into a layer and comes out of it, seen as the weight's matrix sees them.
+
+A convolution multiplies its weight ``(out, in · kh · kw)`` with patches of its input. Up to :data:`POSITIONS` patches
+of each example are read, at positions drawn by a generator of their own: neighbours say much the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._linalg import working_copy
+
+POSITIONS = 32
+
+
+class Moments:
+    """Means and centred second moments of pairs of rows, gathered batch by batch in float64.
+
+    One pass, and memory of ``groups · n · (n + m)`` numbers whatever the number of rows, beside the rows of one batch.
+    Batches are merged by the rule of Chan, Golub and LeVeque, which subtracts means before it squares: a large mean
+    costs no digits.
+
+    Attributes:
+        count: rows so far; the moments exist from the first row on.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.inputs_mean: Tensor
+        self.outputs_mean: Tensor
+        self._inner: Tensor
+        self._cross: Tensor
+        self._energy: Tensor
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Take in rows ``(groups, rows, n)`` of inputs and ``(groups, rows, m)`` of outputs."""
+        inputs, outputs = working_copy(inputs), working_copy(outputs)
+        rows = inputs.shape[1]
+        if not rows:
+            return
+        inputs_mean, outputs_mean = inputs.mean(1), outputs.mean(1)
+        inputs, outputs = inputs - inputs_mean.unsqueeze(1), outputs - outputs_mean.unsqueeze(1)
+        if not self.count:
+            self.inputs_mean, self.outputs_mean = inputs_mean, outputs_mean
+            self._inner, self._cross = inputs.mT @ inputs, outputs.mT @ inputs
+            self._energy = outputs.square().sum(1)
+        else:
+            share = rows / (self.count + rows)
+            weight = self.count * share
+            inputs_step, outputs_step = inputs_mean - self.inputs_mean, outputs_mean - self.outputs_mean
+            across = inputs_step.unsqueeze(1)
+            # In place, since a moment may be what takes the most memory.
+            self._inner.baddbmm_(inputs.mT, inputs).baddbmm_(inputs_step.unsqueeze(2), across, alpha=weight)
+            self._cross.baddbmm_(outputs.mT, inputs).baddbmm_(outputs_step.unsqueeze(2), across, alpha=weight)
+            self._energy += outputs.square().sum(1) + weight * outputs_step.square()
+            self.inputs_mean += share * inputs_step
+            self.outputs_mean += share * outputs_step
+        self.count += rows
+
+    def inner(self, *, centred: bool) -> Tensor:
+        """Return E[x xᵀ] ``(groups, n, n)``, of the deviations from the mean if ``centred``."""
+        mean = self.inputs_mean
+        inner = self._inner / self.count
+        return inner if centred else inner + mean.unsqueeze(2) * mean.unsqueeze(1)
+
+    def cross(self, *, centred: bool) -> Tensor:
+        """Return E[y xᵀ] ``(groups, m, n)``."""
+        cross = self._cross / self.count
+        return cross if centred else cross + self.outputs_mean.unsqueeze(2) * self.inputs_mean.unsqueeze(1)
+
+    def energy(self, *, centred: bool) -> float:
+        """Return E[‖y‖²], all groups together."""
+        energy = self._energy / self.count
+        return float((energy if centred else energy + self.outputs_mean.square()).sum())
+
+
+def drawn_positions(examples: int, positions: int, seed: int) -> Tensor:
+    """Draw different positions for each example, ``(examples, at most POSITIONS)``, on the CPU; all, if there are few.
+
+    The same arguments give the same positions; the global random state is not touched.
+    """
+    if positions <= POSITIONS:
+        return torch.arange(positions, device="cpu").expand(examples, positions)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.rand(examples, positions, generator=generator, device="cpu").topk(POSITIONS, dim=1).indices
+
+
+def input_rows(layer: nn.Module, given: Tensor, seed: int) -> Tensor:
+    """Return what the weight's matrix is multiplied with, ``(groups, rows, in / groups · kernel)``.
+
+    Args:
+        layer: a Linear or Conv2d.
+        given: its input.
+        seed: of the positions; :func:`output_rows` with the same seed gives the outputs of the same rows.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return _drawn(_sequences(given), seed).unsqueeze(0)
+    given = given if given.dim() == 4 else given.unsqueeze(0)  # noqa: PLR2004 - a batch of images
+    given = _padded(layer, given)
+    (high, wide), (step_h, step_w), (apart_h, apart_w) = layer.kernel_size, _pair(layer.stride), _pair(layer.dilation)
+    out_high = (given.shape[-2] - apart_h * (high - 1) - 1) // step_h + 1
+    out_wide = (given.shape[-1] - apart_w * (wide - 1) - 1) // step_w + 1
+    places = drawn_positions(len(given), out_high * out_wide, seed).to(given.device)
+    down = (places // out_wide * step_h)[:, :, None, None] + apart_h * torch.arange(high, device=given.device)[:, None]
+    across = (places % out_wide * step_w)[:, :, None, None] + apart_w * torch.arange(wide, device=given.device)
+    example = torch.arange(len(given), device=given.device)[:, None, None, None]
+    patches = given.permute(0, 2, 3, 1)[example, down, across]  # (examples, positions, kh, kw, channels)
+    return _by_group(patches.flatten(0, 1).permute(0, 3, 1, 2).flatten(1), layer.groups)
+
+
+def output_rows(layer: nn.Module, output: Tensor, seed: int) -> Tensor:
+    """Return what comes out of the rows of :func:`input_rows`, ``(groups, rows, out / groups)``."""
+    if not isinstance(layer, nn.Conv2d):
+        return _drawn(_sequences(output), seed).unsqueeze(0)
+    output = output if output.dim() == 4 else output.unsqueeze(0)  # noqa: PLR2004 - a batch of images
+    return _by_group(_drawn(output.flatten(2).transpose(1, 2), seed), layer.groups)
+
+
+def _padded(layer: nn.Conv2d, given: Tensor) -> Tensor:
+    """Pad an input as the layer does: its padding may have been set after it was made, which only zeros follow."""
+    if layer.padding_mode != "zeros":
+        return F.pad(given, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    if layer.padding == "valid":
+        return given
+    if layer.padding == "same":  # what is odd goes to the end
+        reach = [apart * (size - 1) for apart, size in zip(_pair(layer.dilation), layer.kernel_size, strict=True)]
+        sides = [(whole // 2, whole - whole // 2) for whole in reach]
+    else:
+        sides = [(size, size) for size in _pair(layer.padding)]
+    return F.pad(given, (*sides[1], *sides[0]))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Spell out what a layer was given after it was made: a single number is as good as two."""
+    return (value, value) if isinstance(value, int) else value
+
+
+def _by_group(rows: Tensor, groups: int) -> Tensor:
+    """Split the channels of rows ``(rows, groups · channels)`` by group."""
+    return rows.reshape(len(rows), groups, rows.shape[1] // groups).transpose(0, 1)
+
+
+def _sequences(values: Tensor) -> Tensor:
+    """See the input of a linear layer as ``(examples, positions, features)``."""
+    if values.dim() < 2:  # noqa: PLR2004 - one vector
+        return values.reshape(1, 1, -1)
+    return values.flatten(1, -2) if values.dim() > 2 else values.unsqueeze(1)  # noqa: PLR2004 - one row an example
+
+
+def _drawn(sequences: Tensor, seed: int) -> Tensor:
+    """Return the rows ``(examples · positions drawn, features)`` of sequences."""
+    places: Any = drawn_positions(len(sequences), sequences.shape[1], seed).to(sequences.device)
+    example = torch.arange(len(sequences), device=sequences.device)[:, None]
+    return sequences[example, places].flatten(0, 1)

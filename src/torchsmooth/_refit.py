@@ -1,0 +1,292 @@
+"""Factors fitted to calibration data, layer after layer, in closed form and without gradients.
+
+Layers are taken in the order in which the data reaches them. For each, the network that is compressed up to there says
+what goes in, the dense network what should come out. The weight that maps the one to the other best is approximated at
+the planned rank, in the sense of the error at the output; a bias takes up the difference of the means. The norms on the
+way follow. The model itself runs as both networks in turn and is the dense one again whenever control leaves this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._batches import run
+from ._calibration import (
+    NOT_REACHED,
+    TOO_WIDE,
+    WIDEST,
+    Calibration,
+    Traffic,
+    grouped_weight,
+    hook_first,
+    running,
+    width_of,
+)
+from ._linalg import LinAlgError, working_copy
+from ._moments import Moments, input_rows, output_rows
+from ._norms import FollowingNorms
+from ._progress import progress
+from ._sharing import Sharing
+from ._whitening import damped, first_factor, second_factor, target_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ._lowrank_layer import LowRankLayer
+
+# How much the layer's own weight counts beside the data, as a share of the mean energy of its inputs. It matters where
+# the data is silent: for inputs that vary little, or are many more than the rows that were seen.
+_RIDGE = 1e-3
+
+
+@dataclass
+class Refitted:
+    """What a refit found, beside the factors, which are in the replacements already.
+
+    Attributes:
+        errors: relative error at the output of each refitted layer, by name: how far what comes out of the compressed
+            network is from what the dense one puts out there, on the calibration data.
+        notes: for the other layers, why they were not refitted.
+    """
+
+    norms: FollowingNorms
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    biases: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def write_(self) -> None:
+        """Write biases and BatchNorm statistics into the model, in place: all, or none if an error comes."""
+        written = [*self.biases, *self.norms.statistics()]
+        before = [(tensor, tensor.clone()) for tensor, _ in written]
+        try:
+            for tensor, values in written:
+                tensor.copy_(values)
+        except BaseException:  # also an interruption from the keyboard
+            for tensor, values in before:
+                with contextlib.suppress(RuntimeError):  # what cannot be written to is as it was
+                    tensor.copy_(values)
+            raise
+
+
+class _Reached(BaseException):
+    """Ends a run that has come as far as it was to go."""
+
+
+def refit(
+    model: nn.Module,
+    replacements: Mapping[nn.Module, LowRankLayer],
+    names: Mapping[nn.Module, str],
+    calibration: Calibration,
+    fall_back: Callable[[nn.Module], None],
+) -> Refitted:
+    """Fill in the factors of low-rank layers.
+
+    Args:
+        model: the dense model.
+        replacements: what will take the place of each layer, with factors still to be filled in.
+        names: the qualified name of each of these layers.
+        calibration: the batches.
+        fall_back: called for a layer that cannot be fitted to the data, to fill its replacement in without.
+
+    Returns:
+        What else was found. The model is as before.
+
+    Raises:
+        ValueError: if the layers' values come out NaN or infinite on the data.
+    """
+    traffic = {
+        name: seen
+        for name, seen, _ in calibration.look(model, {names[one]: one for one in replacements}, moments=False)
+    }
+    refitted = Refitted(FollowingNorms(model))
+    work = _Work(model, replacements, calibration, refitted.norms)
+    steps = []
+
+    def leave(module: nn.Module, note: str) -> None:
+        fall_back(module)
+        work.done.add(module)
+        refitted.notes[names[module]] = note
+
+    for module in replacements:
+        seen = traffic[names[module]]
+        if not seen.reached or width_of(module) > WIDEST:
+            leave(module, TOO_WIDE if seen.reached else NOT_REACHED)
+        else:
+            steps.append(module)
+    steps.sort(key=lambda module: traffic[names[module]].order)
+    sharing = Sharing(model)
+    for module in progress(steps, "refitting layers", enabled=calibration.show):
+        name = names[module]
+        bias = module._parameters.get("bias")
+        own_bias = bias is not None and not sharing.of_weight(bias, f"{name}.bias")
+        moments = work.moments_at(module, traffic[name])
+        if not moments.count:  # called with nothing
+            leave(module, NOT_REACHED)
+            continue
+        if bias is not None and not own_bias:  # it stays, so that the factors need not bring it
+            moments.outputs_mean -= working_copy(bias).reshape(moments.outputs_mean.shape)
+        centred = own_bias or traffic[name].normed
+        try:
+            error = _fit_(replacements[module], module, moments, centred=centred, name=name)
+        except LinAlgError as failure:
+            raise ValueError(
+                f"the moments of layer {name!r} could not be decomposed ({failure}): leave it out with filter_fn."
+            ) from failure
+        if own_bias and isinstance(bias, nn.Parameter):
+            work.biases[module] = _bias_of(replacements[module], moments, bias.dtype)
+            refitted.biases.append((bias, work.biases[module]))
+        refitted.errors[name] = error
+        work.done.add(module)
+    if refitted.norms.unsettled:
+        work.run_through()
+    return refitted
+
+
+def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred: bool, name: str) -> float:
+    """Fit the factors of one layer, and return the relative error at its output."""
+    weight = working_copy(grouped_weight(dense))
+    exact, cross = moments.inner(centred=centred), moments.cross(centred=centred)
+    if not bool(exact.isfinite().all() & cross.isfinite().all()):
+        raise ValueError(
+            f"calibration brings NaN or infinite values to layer {name!r}: look at the inputs, and at the layers "
+            "before it."
+        )
+    layout = low_rank.matricisation
+    # With nothing coming in at all, the plain truncation is left.
+    silent = exact.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+    target = target_weight(weight, exact, cross, _RIDGE)
+    inner = damped(exact, _RIDGE) + torch.diag_embed(silent[:, None].to(exact).expand(exact.shape[:2]))
+    down = first_factor(target, inner, layout, low_rank.rank)
+    low_rank.set_factors_(second_factor(target, inner, down, layout)[0], down)
+    fitted = _stored_weight(low_rank)
+    energy = moments.energy(centred=centred)
+    missed = energy - 2 * float((fitted * cross).sum()) + float(((fitted @ exact) * fitted).sum())
+    return max(missed, 0.0) ** 0.5 / energy**0.5 if energy > 0 else 0.0
+
+
+def _stored_weight(low_rank: LowRankLayer) -> Tensor:
+    """Multiply out what is stored, in float64 and as patches see it, ``(groups, m, n)``."""
+    layout = low_rank.matricisation
+    up, down = (working_copy(factor) for factor in low_rank.factors())
+    return layout.to_weight(up @ down).reshape(layout.groups, layout.out_channels, -1)
+
+
+def _bias_of(low_rank: LowRankLayer, moments: Moments, dtype: torch.dtype) -> Tensor:
+    """Return the bias with which the mean output is the dense network's, within the range of a dtype."""
+    mean = (_stored_weight(low_rank) @ moments.inputs_mean.unsqueeze(-1)).squeeze(-1)
+    limit = torch.finfo(dtype).max
+    return (moments.outputs_mean - mean).flatten().clamp(-limit, limit)
+
+
+class _Work:
+    """The two networks that one model is in turn."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacements: Mapping[nn.Module, LowRankLayer],
+        calibration: Calibration,
+        norms: FollowingNorms,
+    ) -> None:
+        self.model, self.replacements, self.calibration, self.norms = model, replacements, calibration, norms
+        self.done: set[nn.Module] = set()
+        self.biases: dict[nn.Module, Tensor] = {}
+        self._places = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child is not None and child in replacements
+        ]
+
+    def moments_at(self, module: nn.Module, traffic: Traffic) -> Moments:
+        """Pair what reaches a layer in the compressed network with what leaves it in the dense one."""
+        moments = Moments()
+        outputs: list[Tensor] = []
+        inputs: list[Tensor] = []
+
+        def note_output(layer: nn.Module, _given: Tensor, output: Tensor, seed: int) -> None:
+            outputs.append(output_rows(layer, output, seed))
+
+        def note_input(layer: nn.Module, given: Tensor, _output: Tensor, seed: int) -> None:
+            inputs.append(input_rows(layer, given, seed))
+
+        with running(self.model):
+            for index, (batch, calls) in enumerate(zip(self.calibration.batches, traffic.calls, strict=True)):
+                if not calls:
+                    continue
+                outputs.clear()
+                inputs.clear()
+                with self.norms.watching_dense(), _until(module, calls, note_output, index):
+                    self._run(batch)
+                with self._compressed(), _until(module, calls, note_input, index):
+                    self._run(batch)
+                for given, output in zip(inputs, outputs, strict=False):
+                    if given.shape[:2] == output.shape[:2]:
+                        moments.add(given, output)
+        self.norms.settle()
+        return moments
+
+    def run_through(self) -> None:
+        """Run both networks to the end, for the norms after the last layer."""
+        with running(self.model):
+            for batch in progress(self.calibration.batches, "settling norms", enabled=self.calibration.show):
+                with self.norms.watching_dense():
+                    self._run(batch)
+                with self._compressed():
+                    self._run(batch)
+        self.norms.settle()
+
+    def _run(self, batch: Any) -> None:
+        try:
+            run(self.model, batch)
+        except _Reached:
+            return
+
+    @contextmanager
+    def _compressed(self) -> Iterator[None]:
+        """Make the model the compressed network, as far as that has come."""
+        kept = {}
+        try:
+            for module, values in self.biases.items():
+                owner = self.replacements[module].bias_owner
+                kept[owner] = owner._parameters["bias"]
+                own = owner._parameters["bias"]
+                owner._parameters["bias"] = nn.Parameter(values.to(own), requires_grad=False)
+            for parent, name, child in self._places:
+                if child in self.done:
+                    parent._modules[name] = self.replacements[child]
+            with self.norms.in_place():
+                yield
+        finally:
+            for parent, name, child in self._places:
+                parent._modules[name] = child
+            for owner, bias in kept.items():
+                owner._parameters["bias"] = bias
+
+
+@contextmanager
+def _until(
+    module: nn.Module, calls: int, note: Callable[[nn.Module, Tensor, Tensor, int], None], batch: int
+) -> Iterator[None]:
+    """Note each of the calls of a layer, and end the run at the last."""
+    met = 0
+
+    def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        nonlocal met
+        met += 1
+        note(layer, args[0] if args else kwargs["input"], output, batch)
+        if met == calls:
+            raise _Reached
+
+    take_off = hook_first(module, hook)
+    try:
+        yield
+    finally:
+        take_off()
