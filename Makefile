@@ -16,10 +16,10 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/digits.py --output $(OUTPUT)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n auto -m 'not slow'
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -17,11 +17,22 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
-    """Read the options that every benchmark has."""
+    """Read the options of a benchmark that measures time."""
+    parser = make_parser(description)
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each candidate, after one that is not")
+    return read_arguments(parser)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--runs", type=int, default=5, help="counted runs of each candidate, after one that is not")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/ as well")
+    return parser
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, and say so where there is no GPU."""
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: run with --device cpu")

@@ -111,6 +111,27 @@ def test_bad_batches_are_named_and_change_nothing(batches, error, message):
     assert all(one.momentum == 0.1 for one in norms_of(model))
 
 
+@pytest.mark.parametrize("made_there", [True, False])
+def test_in_inference_mode_it_does_the_same(made_there):
+    expected = recalibrate_batchnorm_(small_resnet(1), [IMAGES])
+    with torch.inference_mode(made_there):
+        model = small_resnet(1)
+    with torch.inference_mode():
+        recalibrate_batchnorm_(model, [IMAGES])
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_begins_in_place_does_not_use_the_batches_up():
+    class Shifted(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(1))
+
+    images = IMAGES.clone()
+    recalibrate_batchnorm_(fill_(Shifted(nn.BatchNorm2d(3)), 0), [images])
+    assert torch.equal(images, IMAGES)
+
+
 @pytest.mark.parametrize("make", [mlp, lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))])
 def test_a_model_without_statistics_is_refused(make):
     with pytest.raises(ValueError, match="this Sequential has no BatchNorm layer with running statistics"):

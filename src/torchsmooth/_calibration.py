@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -110,7 +111,9 @@ def running(model: nn.Module) -> Iterator[None]:
 
     That is compiled code, and the fast path of transformer encoders with the nested tensors that go through it.
     """
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    # Telling the compiler imports it, which takes seconds; what was compiled has imported it.
+    compiled = "torch._dynamo" in sys.modules
+    stance = getattr(torch.compiler, "set_stance", None) if compiled else None  # since torch 2.6
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)

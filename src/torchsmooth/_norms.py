@@ -34,7 +34,8 @@ class Spread:
     def of(values: Tensor) -> Spread:
         """Look at the input ``(batch, channels, ...)`` of a norm; of an empty one, mean and variance mean nothing."""
         rows = working_copy(values).transpose(0, 1).flatten(1)
-        return Spread(rows.shape[1], rows.mean(1), rows.var(1, correction=0))
+        mean = rows.mean(1)
+        return Spread(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().mean(1))
 
     def merged(self, other: Spread | None) -> Spread:
         """Return what both together have, by the rule of Chan, Golub and LeVeque."""

@@ -60,7 +60,7 @@ class Refitted:
     notes: dict[str, str] = field(default_factory=dict)
     biases: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # where tensors made in inference mode can be written to, and all others as well
     def write_(self) -> None:
         """Write biases and BatchNorm statistics into the model, in place: all, or none if an error comes."""
         written = [*self.biases, *self.norms.statistics()]

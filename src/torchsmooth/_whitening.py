@@ -167,6 +167,8 @@ def _directions(seen: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 def output_errors(weight: Tensor, inner: Tensor, layout: Matricisation) -> Tensor:
     """Return the squared relative error at the output of every rank, the second factor refitted for each.
 
+    A share of 1e-9 of the moment's mean diagonal is spread over all inputs, so that one that never came in counts, too.
+
     The features of the first r rows of ``down`` come first, so that one Cholesky factor holds the solutions for all r.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,9 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
     norms = norms_of(model)
     if not norms:
         raise ValueError(f"this {type(model).__name__} has no BatchNorm layer with running statistics to estimate.")
-    with observing(model), _estimating(list(norms.values())):
+    # A model made in inference mode can be written to there alone.
+    inference = torch.inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+    with observing(model), inference, _estimating(list(norms.values())):
         count = 0
         for batch in batches:
             run(model, check_batch(batch))

@@ -1,0 +1,167 @@
+"""Where data goes in a model, and the moments of what arrives: gathered in passes that leave the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.networks import Shared, mlp, same, small_resnet, snapshot
+from tests.reference import calibration as reference
+from tests.strategies import fill_, randn
+from torchsmooth import _calibration as room
+from torchsmooth._calibration import Calibration, grouped_weight, width_of
+from torchsmooth._layers import KINDS
+from torchsmooth._moments import Moments
+
+
+def layers_of(model):
+    return {name: module for name, module in model.named_modules() if type(module) in KINDS}
+
+
+def look(model, batches, *, moments=True):
+    found = Calibration(batches, show=False).look(model, layers_of(model), moments=moments)
+    return {name: (traffic, gathered) for name, traffic, gathered in found}
+
+
+IMAGES = randn(5, 3, 8, 8, seed=0, dtype=torch.float32)
+
+
+def test_moments_are_those_of_what_arrives():
+    model = fill_(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 3)), 0).double()
+    images = randn(7, 4, 5, 5, seed=0)
+    found = look(model, images.split(3))
+    patches = reference.patches(model[0], images).flatten(0, 1).transpose(0, 1)
+    arriving = model[:3](images).detach().unsqueeze(0)
+    for name, rows in (("0", patches), ("3", arriving)):
+        moments = found[name][1]
+        assert moments.count == rows.shape[1]
+        for centred in (True, False):
+            expected = torch.stack([reference.moments(one, one, centred=centred)[0] for one in rows])
+            assert torch.allclose(moments.inner(centred=centred), expected, atol=1e-12)
+
+
+def test_traffic_counts_calls_and_tells_the_order():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.last, self.first = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.last(self.first(x))
+            return self.first(x) if len(x) == 3 else x
+
+    found = look(Twice(), [torch.zeros(3, 4), torch.zeros(2, 4)], moments=False)
+    assert list(found) == ["idle", "last", "first"]
+    assert [found[name][0].calls for name in found] == [[0, 0], [1, 1], [2, 1]]
+    assert [found[name][0].order for name in found] == [-1, 1, 0]
+    assert [found[name][0].reached for name in found] == [False, True, True]
+    assert all(moments.count == 0 for _, moments in found.values())
+
+
+def normed(model, inputs):
+    return {name: traffic.normed for name, (traffic, _) in look(model, [inputs], moments=False).items()}
+
+
+def test_only_what_goes_straight_into_a_norm_is_normed():
+    assert all(value == (name != "fc") for name, value in normed(small_resnet(), IMAGES).items())
+    between = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4))
+    assert normed(between, torch.zeros(3, 4)) == {"0": False}
+    batchwise = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    assert normed(batchwise, torch.zeros(3, 4)) == {"0": False}
+
+    class Named(nn.Sequential):
+        def forward(self, input):  # noqa: A002 - the name that torch's layers use
+            return self[1](input=self[0](input=input))
+
+    assert normed(Named(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.zeros(3, 4)) == {"0": True}
+
+
+@pytest.mark.parametrize(("taken", "expected"), [((True, True), True), ((True, False), False), ((False, False), False)])
+def test_every_call_has_to_go_into_a_norm(taken, expected):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.other = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            for one in taken:
+                y = self.linear(x)
+                x = self.norm(y) + self.other(y) if one else y + x
+            return x
+
+    assert normed(Calls(), torch.zeros(3, 4)) == {"linear": expected}
+
+
+def test_a_hook_that_changes_the_output_stands_between_a_layer_and_its_norm():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[0].register_forward_hook(lambda _module, _args, output: output.relu())
+    assert normed(model, torch.zeros(3, 4)) == {"0": False}
+
+
+def test_layers_that_do_not_fit_the_memory_together_take_turns(monkeypatch):
+    model = mlp()
+    inputs = randn(30, 24, seed=0, dtype=torch.float32)
+    expected = look(model, [inputs])
+    passes = []
+    monkeypatch.setattr(room, "_AT_ONCE", 8 * 32**2)
+    monkeypatch.setattr(room, "run", lambda one, batch: (passes.append(1), one(batch)))
+    found = look(model, [inputs])
+    assert len(passes) == 3
+    for name, (traffic, moments) in found.items():
+        assert traffic.calls == expected[name][0].calls
+        assert torch.equal(moments.inner(centred=True), expected[name][1].inner(centred=True))
+
+
+def test_inputs_that_are_too_wide_are_counted_but_not_gathered(monkeypatch):
+    monkeypatch.setattr(room, "WIDEST", 24)
+    found = look(mlp(), [torch.ones(3, 24)])
+    assert {name: moments.count for name, (_, moments) in found.items()} == {"0": 3, "2": 0, "4": 3}
+    assert all(traffic.reached for traffic, _ in found.values())
+
+
+def test_the_model_is_as_before_at_every_yield(monkeypatch):
+    monkeypatch.setattr(room, "_AT_ONCE", 1)
+    model = small_resnet(1)
+    model.layers[2].train()
+    before = snapshot(model)
+    state = torch.get_rng_state()
+    for _, _, moments in Calibration([IMAGES], show=False).look(model, layers_of(model), moments=True):
+        assert isinstance(moments, Moments)
+        assert same(dict(before), snapshot(model))
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    for _ in Calibration([IMAGES], show=False).look(model, layers_of(model), moments=True):
+        break  # whoever has seen enough may go
+    assert same(before, snapshot(model))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_leaves_the_model_as_before():
+    model = small_resnet(1)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="channels"):
+        look(model, [IMAGES, IMAGES[:, :2]])
+    assert same(before, snapshot(model))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_shared_modules_are_one_layer():
+    found = look(Shared(), [torch.zeros(3, 16)])
+    assert {name: traffic.calls for name, (traffic, _) in found.items()} == {"first": [3], "body.1": [1]}
+    assert found["first"][1].count == 9
+
+
+def test_weights_are_seen_as_patches_see_them():
+    conv = fill_(nn.Conv2d(4, 6, (2, 3), groups=2), 0)
+    assert width_of(conv) == 12
+    assert torch.equal(grouped_weight(conv), conv.weight.detach().reshape(2, 3, 12))
+    linear = fill_(nn.Linear(4, 6), 0)
+    assert width_of(linear) == 4
+    assert torch.equal(grouped_weight(linear), linear.weight.detach().unsqueeze(0))
+
+
+def test_batches_are_kept_once():
+    calibration = Calibration([IMAGES])
+    assert Calibration.of(calibration, None) is calibration
+    assert Calibration.of(None, None) is None
+    assert Calibration.of([IMAGES], False).batches[0] is IMAGES
