@@ -20,6 +20,7 @@ from torchsmooth._layers import KINDS
 from torchsmooth._linalg import truncated_factors
 from torchsmooth._lowrank_layer import LowRankLayer
 from torchsmooth._matricise import distinct_schemes
+from torchsmooth._moments import Moments
 from torchsmooth._refit import refit
 from torchsmooth._swap import swap_, take_over_
 
@@ -112,12 +113,31 @@ def test_the_second_layer_makes_the_best_of_what_the_first_one_leaves(seed, rank
     model = fill_(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 4)), seed).double()
     inputs = correlated(200, 7, seed)
     wanted = centred(outputs(model, [inputs]))
+    biases = [layer.bias for layer in model]
     found = refit_(model, inputs.split(64), {"0": 2, "1": rank})
+    assert all(layer.bias is bias for layer, bias in zip(model, biases, strict=True))
     arriving = centred(outputs(model[:1], [inputs]))
     best = misfit(arriving @ reference.reduced_rank_regression(arriving, wanted, rank).T, wanted)
     error = misfit(centred(outputs(model, [inputs])), wanted)
     assert best - 1e-9 <= error <= best + 2e-2
     assert found.errors["1"] == pytest.approx(error, abs=1e-6)
+
+
+def test_layers_are_taken_as_the_data_comes_to_them():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.third, self.second, self.first = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.third(self.second(self.first(x).tanh()).tanh())
+
+    model = fill_(Backwards(), 0).double()
+    inputs = correlated(90, 8, 0)
+    wanted = centred(outputs(model, [inputs]))
+    found = refit_(model, inputs.split(40), {"third": 3, "second": 3, "first": 3})
+    assert list(found.errors) == ["first", "second", "third"]
+    assert misfit(centred(outputs(model, [inputs])), wanted) == pytest.approx(found.errors["third"], abs=1e-9)
 
 
 @settings(max_examples=20)
@@ -277,16 +297,22 @@ def test_every_dtype_is_fitted_in_float64_and_cast_back_once(dtype):
     assert misfit(centred(outputs(model, [images])), centred(wanted)) == pytest.approx(found.errors["3"], rel=0.1)
 
 
-def test_low_precision_counts_in_the_error():
-    # Half of the rank would do without any loss: what is left is rounding.
-    linear = nn.Linear(16, 16)
-    linear.weight.data = randn(16, 4, seed=0, dtype=torch.float32) @ randn(4, 16, seed=1, dtype=torch.float32)
-    errors = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = nn.Sequential(copy.deepcopy(linear)).to(dtype)
-        errors[dtype] = refit_(model, [randn(99, 16, seed=2, dtype=dtype)], {"0": 4}).errors["0"]
-    assert errors[torch.float32] < 1e-6
-    assert 1e-4 < errors[torch.bfloat16] < 2e-2
+def test_rounding_counts_in_the_error():
+    # A quarter of the rank would do without any loss: what is left is the rounding of the factors.
+    small = torch.randint(-1, 2, (2, 16, 4), generator=torch.Generator().manual_seed(0))
+    weight = small[0] @ small[1].T  # exact in every dtype
+    inputs = randn(1, 99, 16, seed=2)
+    moments = Moments()
+    moments.add(inputs, inputs @ weight.mT.double())
+    for dtype, least in ((torch.float64, 0.0), (torch.bfloat16, 1e-4)):
+        model = nn.Sequential(nn.Linear(16, 16, bias=False, dtype=dtype))
+        model[0].weight.data = weight.to(dtype)
+        (dense, low_rank), *_ = replacements_for(model, {"0": 4}).items()
+        error = room._fit_(low_rank, dense, moments, centred=False, name="0")
+        up, down = (factor.detach().double() for factor in low_rank.factors())
+        expected = misfit(inputs @ (up @ down).mT, inputs @ weight.mT.double())
+        assert least <= expected <= 2e-2
+        assert error == pytest.approx(expected, abs=1e-7)
 
 
 # What it cannot fit
@@ -453,26 +479,35 @@ def test_tied_weights_stay_dense_beside_what_is_fitted():
 
 @pytest.mark.parametrize("where", ["whole", "child", "in place"])
 @pytest.mark.parametrize("called", [True, False])
-def test_compiled_code_is_looked_into(where, called):
+def test_compiled_code_is_looked_into_and_not_compiled_again(where, called):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
     torch.compiler.reset()
     model, expected = mlp(), mlp()
     inputs = randn(40, 24, seed=0, dtype=torch.float32)
     choices = {"0": 8, "2": 6, "4": 4}
     refit_(expected, inputs.split(10), choices)
     if where == "whole":
-        compiled = torch.compile(model, backend="eager")
+        compiled = torch.compile(model, backend=backend)
         choices = {f"_orig_mod.{name}": rank for name, rank in choices.items()}
     elif where == "child":
-        compiled = nn.Sequential(torch.compile(model[:3], backend="eager"), *model[3:])
+        compiled = nn.Sequential(torch.compile(model[:3], backend=backend), *model[3:])
         choices = {"0._orig_mod.0": 8, "0._orig_mod.2": 6, "2": 4}
     else:
-        model.compile(backend="eager")
+        model.compile(backend=backend)
         compiled = model
     if called:
         compiled(inputs)
+    before = len(graphs)
     found = refit_(compiled, inputs.split(10), choices)
+    assert len(graphs) == before
     assert not found.notes
     assert torch.allclose(outputs(compiled, [inputs]), outputs(expected, [inputs]), atol=1e-5)
+    assert len(graphs) > before
     torch.compiler.reset()
 
 
