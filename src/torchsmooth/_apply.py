@@ -96,7 +96,8 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
     if layer.parameters_after >= layer.parameters_before:
         raise ValueError(
             f"layer {layer.name!r} would not get smaller at rank {format_rank(layer.rank)} "
-            f"({layer.parameters_before:,} → {layer.parameters_after:,} parameters): lower the rank, or leave it whole with keep_dense()."
+            f"({layer.parameters_before:,} → {layer.parameters_after:,} parameters): lower the rank, or leave it whole "
+            "with keep_dense()."
         )
     check_values(weight_of(found.module), layer.name)
     return found.module

@@ -151,7 +151,8 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
     between = f", {core!r} of shape {shapes['core']}" if "core" in shapes else ""
     raise ValueError(
         f"{keys['down']!r} of shape {down}{between} and {keys['up']!r} of shape {up} are no factors of the weight of "
-        f"layer {name!r}, which has shape {tuple(weight_of(module).shape)} in this model: was it built with other sizes?"
+        f"layer {name!r}, which has shape {tuple(weight_of(module).shape)} in this model: was it built with other "
+        "sizes?"
     )
 
 

@@ -53,8 +53,8 @@ def plan_compression(
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
         scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), ``"tucker"`` (three
-            layers, with a pair of ranks), or ``"auto"``: the best of all for each layer. Linear layers and 1×1 convolutions
-            have only one.
+            layers, with a pair of ranks), or ``"auto"``: the best of all for each layer. Linear layers and 1×1
+            convolutions have only one.
         form: ``"factored"``, two whole factors; ``"pivoted"``, which saves rank × rank of their entries; or
             ``"auto"``: the better of the two for each layer.
         allocation: ``"budget"`` as above, or ``"uniform"``: each layer keeps the same fraction of its own cost.
