@@ -29,10 +29,15 @@ def next_triples(plan):
     costs = []
     for layer in plan:
         if layer.rank is not None:
-            layout = layer.options[layer.scheme].matricisation
-            more = layer.rank + 1 <= layout.largest_rank(layer.form)
-            larger = layout.parameters(layer.rank + 1, layer.form) if more else layer.parameters_before
-            costs.append(min(larger, layer.parameters_before) - layer.parameters_after)
+            layout, rank = layer.options[layer.scheme].matricisation, layer.rank
+            if isinstance(rank, tuple):
+                wider = [(rank[0] + 1, rank[1]), (rank[0], rank[1] + 1)]
+                fits = lambda pair, most=layout.largest_rank(layer.form): pair[0] <= most[0] and pair[1] <= most[1]  # noqa: E731
+            else:
+                wider = [rank + 1]
+                fits = lambda more, most=layout.largest_rank(layer.form): more <= most  # noqa: E731
+            larger = [layout.parameters(more, layer.form) for more in wider if fits(more)]
+            costs.append(min([*larger, layer.parameters_before]) - layer.parameters_after)
     return costs
 
 

@@ -141,7 +141,8 @@ def sweep(
     """Make the plans for many ratios from one decomposition.
 
     Each plan is what :func:`torchsmooth.plan_compression` makes for its ratio alone. No layer is decomposed twice,
-    neither for planning nor when any of the plans is applied to the model or to copies of it.
+    neither for planning nor when any of the plans is applied to the model or to copies of it, except that scheme
+    ``"tucker"`` refines its bases for the ranks that are applied.
 
     Args:
         model: as for :func:`torchsmooth.plan_compression`, like everything else.
