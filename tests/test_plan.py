@@ -30,13 +30,10 @@ def next_triples(plan):
     for layer in plan:
         if layer.rank is not None:
             layout, rank = layer.options[layer.scheme].matricisation, layer.rank
-            if isinstance(rank, tuple):
-                wider = [(rank[0] + 1, rank[1]), (rank[0], rank[1] + 1)]
-                fits = lambda pair, most=layout.largest_rank(layer.form): pair[0] <= most[0] and pair[1] <= most[1]  # noqa: E731
-            else:
-                wider = [rank + 1]
-                fits = lambda more, most=layout.largest_rank(layer.form): more <= most  # noqa: E731
-            larger = [layout.parameters(more, layer.form) for more in wider if fits(more)]
+            pairs = isinstance(rank, tuple)
+            wider = [(rank[0] + 1, rank[1]), (rank[0], rank[1] + 1)] if pairs else [rank + 1]
+            all_ranks = {tuple(one) if pairs else one for one in layout.ranks(layer.form).tolist()}
+            larger = [layout.parameters(more, layer.form) for more in wider if more in all_ranks]
             costs.append(min([*larger, layer.parameters_before]) - layer.parameters_after)
     return costs
 
