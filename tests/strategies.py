@@ -66,17 +66,17 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 @st.composite
-def convolutions(draw, dtype=torch.float64):
-    """A convolution of any geometry with an input that fits it."""
+def convolutions(draw, dtype=torch.float64, *, least=1):
+    """A convolution of any geometry with an input that fits it; ``least`` channels in a group, and kernel entries."""
     pair = lambda low, high: st.one_of(st.integers(low, high), st.tuples(*[st.integers(low, high)] * 2))  # noqa: E731
     groups = draw(st.integers(1, 3))
-    depthwise = draw(st.booleans())
-    inside, outside = (1, 1) if depthwise else (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    depthwise = draw(st.booleans()) if least == 1 else False
+    inside, outside = (1, 1) if depthwise else (draw(st.integers(least, 4)), draw(st.integers(least, 4)))
     padding = draw(st.one_of(pair(0, 2), st.sampled_from(["same", "valid"])))
     conv = torch.nn.Conv2d(
         groups * inside,
         groups * outside * (draw(st.integers(1, 3)) if depthwise else 1),
-        draw(pair(1, 5)),
+        draw(pair(least, 5)),
         stride=1 if padding == "same" else draw(pair(1, 3)),
         padding=padding,
         dilation=draw(pair(1, 2)),

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.networks import Shared, mlp, same, small_resnet, snapshot
 from tests.strategies import convolutions, fill_, randn, seeds
 from torchsmooth import plan_compression, svd_compress_, sweep
+from torchsmooth._tucker_layout import as_rank
 
 IMAGES = randn(2, 3, 16, 16, seed=0, dtype=torch.float32)
 
@@ -53,7 +54,7 @@ def test_every_choice_is_priced_exactly(case, form, data):
         layout = option.matricisation
         fitting = [
             rank
-            for rank in range(1, layout.largest_rank(form) + 1)
+            for rank in map(as_rank, layout.ranks(form).tolist())
             if layout.parameters(rank, form) < layer.parameters_before
         ]
         if fitting:

@@ -29,10 +29,12 @@ def next_triples(plan):
     costs = []
     for layer in plan:
         if layer.rank is not None:
-            layout = layer.options[layer.scheme].matricisation
-            more = layer.rank + 1 <= layout.largest_rank(layer.form)
-            larger = layout.parameters(layer.rank + 1, layer.form) if more else layer.parameters_before
-            costs.append(min(larger, layer.parameters_before) - layer.parameters_after)
+            layout, rank = layer.options[layer.scheme].matricisation, layer.rank
+            pairs = isinstance(rank, tuple)
+            wider = [(rank[0] + 1, rank[1]), (rank[0], rank[1] + 1)] if pairs else [rank + 1]
+            all_ranks = {tuple(one) if pairs else one for one in layout.ranks(layer.form).tolist()}
+            larger = [layout.parameters(more, layer.form) for more in wider if more in all_ranks]
+            costs.append(min([*larger, layer.parameters_before]) - layer.parameters_after)
     return costs
 
 

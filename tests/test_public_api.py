@@ -49,6 +49,10 @@ SIGNATURES = {
         "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, dilation=1, "
         "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')"
     ),
+    "TuckerConv2d": (
+        "(in_channels, out_channels, kernel_size, rank, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
+        "padding_mode='zeros', device=None, dtype=None, form='factored')"
+    ),
     "CompressionPlan": "(layers, parameters_before, asked, target='params', macs_before=None, latency_before=None)",
     "CompressionReport": (
         "(layers, parameters_before, parameters_after, asked, macs_before=None, macs_after=None, latency_before=None, "
@@ -209,6 +213,9 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_batches",
         "_moments",
         "_whitening",
+        "_tucker",
+        "_tucker_layout",
+        "tucker",
         "_norms",
         "_calibration",
         "_refit",

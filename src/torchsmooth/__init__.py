@@ -19,6 +19,7 @@ from .plan import CompressionPlan
 from .planning import plan_compression, sweep
 from .registry import is_penalized, penalty_loss, register_penalty, remove_penalties, smooth_
 from .report import CompressionReport
+from .tucker import TuckerConv2d
 
 try:
     __version__ = version("torchsmooth")
@@ -33,6 +34,7 @@ __all__ = [
     "LowRankLinear",
     "NuclearNorm",
     "SecondDerivative",
+    "TuckerConv2d",
     "functional",
     "is_penalized",
     "load_compressed_",

@@ -9,11 +9,12 @@ from torch import nn
 
 from ._checks import check_values
 from ._layers import KINDS, FoundLayer, find_layers, weight_of
-from ._linalg import LinAlgError, truncated_factors, working_copy
+from ._linalg import LinAlgError, working_copy
 from ._lowrank_layer import multiply_out
 from ._options import undecomposed
 from ._refit import Refitted, refit
 from ._swap import take_over_
+from ._table import format_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -87,15 +88,16 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
             f"layer {layer.name!r} is planned as {layer.type} of shape {layer.shape}, but the model has "
             f"{type(found.module).__name__} of shape {shape}: was the plan made for another model?"
         )
-    layouts = KINDS[type(found.module)].matricisations(found.module)
+    layouts = KINDS[type(found.module)].layouts(found.module)
     if layer.scheme not in layouts or layouts[layer.scheme] != layer.options[layer.scheme].matricisation:
         raise ValueError(
             f"layer {layer.name!r} is planned for other groups than this model's: was the plan made for another model?"
         )
     if layer.parameters_after >= layer.parameters_before:
         raise ValueError(
-            f"layer {layer.name!r} would not get smaller at rank {layer.rank} ({layer.parameters_before:,} → "
-            f"{layer.parameters_after:,} parameters): lower the rank, or leave it whole with keep_dense()."
+            f"layer {layer.name!r} would not get smaller at rank {format_rank(layer.rank)} "
+            f"({layer.parameters_before:,} → {layer.parameters_after:,} parameters): lower the rank, or leave it whole "
+            "with keep_dense()."
         )
     check_values(weight_of(found.module), layer.name)
     return found.module
@@ -103,14 +105,8 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
 
 def _truncate_(replacement: LowRankLayer, layer: LayerPlan, choice: Choice, module: nn.Module) -> None:
     """Set the factors to the truncated SVD of the weight, decomposed already where the plan was just made."""
-    option = layer.options[choice.scheme]
-    matrices = option.matricisation.to_matrices(weight_of(module).detach())
     try:
-        if option.spectrum is None:
-            up, down = truncated_factors(matrices, choice.rank)
-        else:
-            up, down = option.spectrum.factors(matrices, choice.rank)
-        replacement.set_factors_(up, down)
+        replacement.truncate_(weight_of(module).detach(), layer.options[choice.scheme].spectrum)
     except LinAlgError as error:
         raise undecomposed(layer.name, error) from error
 

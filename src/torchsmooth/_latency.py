@@ -19,13 +19,15 @@ from ._timing import median_nanoseconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ._matricise import Form, Matricisation, Scheme
+    from ._matricise import Form, LayerScheme
     from ._running import Inputs
+    from ._tucker_layout import Rank
     from .layer_plan import LayerPlan
 
 _GRID = 6  # ranks tried in each scheme and form
+_PAIRS = 9  # the same for pairs of ranks
 
-_Times = dict[tuple["Scheme", "Form"], dict[int, int]]
+_Times = dict[tuple["LayerScheme", "Form"], dict["Rank", int]]
 
 
 class _Calls(NamedTuple):
@@ -145,7 +147,7 @@ def _measure(layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multipl
         (scheme, form, rank): _candidate(module, scheme, form, rank)
         for form in layer.forms
         for scheme, option in layer.options.items()
-        for rank in _grid(option.matricisation, form, multiple)
+        for rank in option.matricisation.few(form, multiple, _GRID if scheme != "tucker" else _PAIRS)
     }
     # forward, not the call: hooks are the user's, and the same before and after.
     calls = [partial(one.forward, *args) for one in (module, *candidates.values())]
@@ -156,21 +158,9 @@ def _measure(layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multipl
     return dense, times
 
 
-def _candidate(module: nn.Module, scheme: Scheme, form: Form, rank: int) -> nn.Module:
+def _candidate(module: nn.Module, scheme: LayerScheme, form: Form, rank: Rank) -> nn.Module:
     candidate = KINDS[type(module)].like(module, rank, scheme, form)
     for parameter in candidate.parameters():
         if parameter.dim() > 1:
             parameter.fill_(0.01)  # what is in uninitialised memory may be subnormal, and slow
     return candidate
-
-
-def _grid(layout: Matricisation, form: Form, multiple: int) -> list[int]:
-    """Choose a few ranks in about equal proportions, from the smallest to the largest that makes the layer smaller."""
-    dense = layout.dense_parameters
-    multiples = range(multiple, layout.largest_rank(form) + 1, multiple)
-    ranks = [rank for rank in multiples if layout.parameters(rank, form) < dense]
-    if len(ranks) <= _GRID:
-        return ranks
-    ratio = ranks[-1] / ranks[0]
-    wanted = [ranks[0] * ratio ** (step / (_GRID - 1)) for step in range(_GRID)]
-    return sorted({min(ranks, key=lambda rank, near=one: abs(rank - near)) for one in wanted})  # type: ignore[misc]

@@ -15,20 +15,25 @@ from torch.nn.utils import parametrize
 
 from ._checks import check_initialised
 from ._lowrank_layer import LowRankLayer, why_not_plain
-from ._matricise import SCHEMES, Form, Matricisation, Scheme, distinct_schemes, matricise
+from ._matricise import LAYER_SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
+from ._table import format_rank
+from ._tucker_layout import Layout, TuckerLayout
 from .lowrank import LowRankConv2d, LowRankLinear
+from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-# What a user may ask for. A weight without two kernel axes has no spatial scheme; it takes "channel" then.
-_OPTIONS: dict[str, tuple[Scheme, ...]] = {
-    "auto": SCHEMES,
+# What a user may ask for. A weight without two kernel axes has no spatial scheme, one with a 1×1 kernel or a single
+# channel in a group no "tucker"; it takes "channel" then.
+_OPTIONS: dict[str, tuple[LayerScheme, ...]] = {
+    "auto": LAYER_SCHEMES,
     "channel": ("channel",),
     "input": ("input",),
     "spatial": ("spatial", "spatial_transposed"),
+    "tucker": ("tucker",),
 }
 SCHEME_OPTIONS = tuple(_OPTIONS)
 
@@ -36,16 +41,28 @@ SCHEME_OPTIONS = tuple(_OPTIONS)
 class Maker(Protocol):
     """Makes a low-rank layer out of a dense one."""
 
-    def __call__(self, layer: Any, rank: int, scheme: Scheme, form: Form = "factored", /) -> LowRankLayer:
+    def __call__(self, layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored", /) -> LowRankLayer:
         """Make a layer of a rank, in a scheme and a form."""
 
 
-def _factorise_linear(layer: Any, rank: int, _: Scheme, form: Form = "factored") -> LowRankLinear:
+def _factorise_linear(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored") -> LowRankLinear:
     return LowRankLinear.from_linear(layer, rank, form)
 
 
-def _like_linear(layer: Any, rank: int, _: Scheme, form: Form = "factored") -> LowRankLinear:
+def _like_linear(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored") -> LowRankLinear:
     return LowRankLinear.like(layer, rank, form)
+
+
+def _factorise_conv2d(layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored") -> LowRankLayer:
+    if scheme == "tucker":
+        return TuckerConv2d.from_conv2d(layer, rank, form)
+    return LowRankConv2d.from_conv2d(layer, rank, scheme, form)
+
+
+def _like_conv2d(layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored") -> LowRankLayer:
+    if scheme == "tucker":
+        return TuckerConv2d.like(layer, rank, form)
+    return LowRankConv2d.like(layer, rank, scheme, form)
 
 
 @dataclass(frozen=True)
@@ -64,13 +81,16 @@ class LayerKind:
     factorise: Maker
     like: Maker
 
-    def matricisations(self, layer: nn.Module, option: str = "auto") -> dict[Scheme, Matricisation]:
-        """Return the different matricisations that an option allows for a layer's weight, by scheme."""
+    def layouts(self, layer: nn.Module, option: str = "auto") -> dict[LayerScheme, Layout]:
+        """Return the different shapes of factors that an option allows for a layer's weight, by scheme."""
         shape = tuple(weight_of(layer).shape)
         first_names = distinct_schemes(shape[2:])
-        wanted = [scheme for scheme in _OPTIONS[option] if scheme in first_names] or ["channel"]
-        names = dict.fromkeys(first_names[scheme] for scheme in wanted)
-        return {scheme: matricise(shape, scheme, self.groups(layer)) for scheme in names}
+        names = dict.fromkeys(first_names[scheme] for scheme in _OPTIONS[option] if scheme in first_names)
+        layouts: dict[LayerScheme, Layout] = {scheme: matricise(shape, scheme, self.groups(layer)) for scheme in names}
+        tucker = TuckerLayout.of(shape, self.groups(layer)) if "tucker" in _OPTIONS[option] else None
+        if tucker is not None:
+            layouts["tucker"] = tucker
+        return layouts or {"channel": matricise(shape, "channel", self.groups(layer))}
 
 
 KINDS: dict[type[nn.Module], LayerKind] = {
@@ -83,8 +103,8 @@ KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Conv2d: LayerKind(
         shape=LowRankConv2d.shape_of,
         groups=lambda layer: int(layer.groups),
-        factorise=LowRankConv2d.from_conv2d,
-        like=LowRankConv2d.like,
+        factorise=_factorise_conv2d,
+        like=_like_conv2d,
     ),
 }
 
@@ -171,7 +191,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _reason(name: str, module: nn.Module, sharing: Sharing) -> str:
     """Say why a layer has to stay dense, or return an empty string."""
     if isinstance(module, LowRankLayer):
-        return f"already low-rank (rank {module.rank}); restore_dense_ it to compress it anew"
+        return f"already low-rank (rank {format_rank(module.rank)}); restore_dense_ it to compress it anew"
     for own_name, parameter in module._parameters.items():
         if parameter is not None and hasattr(parameter, "full_tensor"):
             raise ValueError(

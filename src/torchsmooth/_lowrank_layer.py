@@ -1,9 +1,9 @@
-"""What the low-rank layers share: two children, the matrix that their product stands for, and the way in and out."""
+"""What the low-rank layers share: children that hold factors, what their product stands for, the way in and out."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from ._linalg import balanced, truncated_factors, working_copy
 from ._matricise import FORMS
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
+from ._whitening import first_factor, second_factor
 
 if TYPE_CHECKING:
     from ._matricise import Form, Matricisation
+    from ._spectrum import Spectrum
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -30,28 +32,17 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class LowRankLayer(nn.Module):
-    """What all low-rank layers share: two children, and the matrix that their product stands for."""
+    """What all low-rank layers share: children with the factors, and the weight that their product stands for.
 
-    down: nn.Module
-    up: nn.Module
-    merge: nn.Module
-    split: nn.Module
-    rank: int
+    Attributes:
+        factor_children: the children whose weights are the factors, from the output to the input.
+        rank: the rank, or a pair of them.
+        form: how the factors are stored.
+    """
+
+    factor_children: ClassVar[tuple[str, ...]] = ("up", "down")
+    rank: Any
     form: Form
-    matricisation: Matricisation
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """Apply ``down``, then ``up``; in the pivoted form, the pivots go past one of them."""
-        output: Tensor
-        if "merge" in self._modules:
-            pivots = self.down(input)
-            output = self.merge(pivots, self.up(pivots))
-        elif "split" in self._modules:
-            pivots, others = self.split(input)
-            output = self.up(pivots + self.down(others))
-        else:
-            output = self.up(self.down(input))
-        return output
 
     @property
     def weight(self) -> Tensor:
@@ -68,7 +59,74 @@ class LowRankLayer(nn.Module):
     @property
     def bias_owner(self) -> nn.Module:
         """The child that holds the bias."""
-        return self._modules.get("merge") or self.up
+        owner = self._modules.get("merge") or self._modules["up"]
+        if owner is None:
+            raise AttributeError("up")
+        return owner
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return the factors of every group, whole in either form: ``(groups, …)``, in float32 or better."""
+
+    @abstractmethod
+    def product_of(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """Multiply factors out to a weight ``(out, in / groups, …)``."""
+
+    @abstractmethod
+    def truncate_(self, weight: Tensor, spectrum: Spectrum | None = None) -> None:
+        """Set the factors to the best, or nearly best, of a weight; ``spectrum`` is its decomposition, where known."""
+
+    @abstractmethod
+    def fit_(self, target: Tensor, inner: Tensor) -> None:
+        """Set the factors to those that fit a weight in the sense of a moment.
+
+        Args:
+            target: ``(groups, out, n)`` in float64, as patches see it.
+            inner: the moment of the patches, ``(groups, n, n)``.
+        """
+
+    @abstractmethod
+    def orders(self) -> dict[str, Ordered]:
+        """Return the children that know pivots, by name."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """Merge the factors into the layer of torch that they stand for; this layer is not changed."""
+
+    def _form_repr(self) -> str:
+        return "" if self.form == "factored" else f", form={self.form}"
+
+    def _factor(self, child: str) -> Tensor:
+        weight: Tensor = getattr(self, child).weight
+        return weight
+
+    def _store_(self, child: str, values: Tensor) -> None:
+        limit = torch.finfo(self._factor(child).dtype).max  # an approximation of finite weights may pass it
+        self._factor(child).copy_(values.clamp(-limit, limit))
+
+
+class TwoFactorLayer(LowRankLayer):
+    """A layer in two: the matricisation of its weight is a product of two matrices."""
+
+    down: nn.Module
+    up: nn.Module
+    merge: nn.Module
+    split: nn.Module
+    rank: int
+    matricisation: Matricisation
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
+        """Apply ``down``, then ``up``; in the pivoted form, the pivots go past one of them."""
+        output: Tensor
+        if "merge" in self._modules:
+            pivots = self.down(input)
+            output = self.merge(pivots, self.up(pivots))
+        elif "split" in self._modules:
+            pivots, others = self.split(input)
+            output = self.up(pivots + self.down(others))
+        else:
+            output = self.up(self.down(input))
+        return output
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the two matrices of every group whose product the layer stands for, whole in either form.
@@ -117,9 +175,7 @@ class LowRankLayer(nn.Module):
         if (tuple(up.shape), tuple(down.shape)) != shapes:
             came = f"{tuple(up.shape)} and {tuple(down.shape)}"
             raise ValueError(f"expected factors of shapes {shapes[0]} and {shapes[1]}, got {came}.")
-        up, down = working_copy(up), working_copy(down)
-        if not bool(up.isfinite().all() & down.isfinite().all()):
-            raise ValueError("expected finite factors, got NaN or infinite values.")
+        up, down = finite_copies(up, down)
         if self.form == "factored":
             up, down = balanced(up, down)
         else:
@@ -128,35 +184,46 @@ class LowRankLayer(nn.Module):
             up, down = (kept.mT, free.mT) if columns else (free, kept)
             self._ordered.set_pivots_(pivots, others)
         for child, values in zip(("up", "down"), layout.to_layer_weights(up, down, self.form), strict=True):
-            limit = torch.finfo(self._factor(child).dtype).max  # an approximation of finite weights may pass it
-            self._factor(child).copy_(values.clamp(-limit, limit))
+            self._store_(child, values)
 
-    @abstractmethod
-    def to_dense(self) -> nn.Module:
-        """Merge the factors into the layer of torch that they stand for; this layer is not changed."""
+    def product_of(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """Multiply factors out to a weight."""
+        up, down = factors
+        return self.matricisation.to_weight(up @ down)
 
-    def _form_repr(self) -> str:
-        return "" if self.form == "factored" else f", form={self.form}"
+    def truncate_(self, weight: Tensor, spectrum: Spectrum | None = None) -> None:
+        """Set the factors to the truncated SVD of a weight."""
+        matrices = self.matricisation.to_matrices(weight)
+        known = truncated_factors if spectrum is None else spectrum.factors
+        self.set_factors_(*known(matrices, self.rank))
 
-    def _factor(self, child: str) -> Tensor:
-        weight: Tensor = getattr(self, child).weight
-        return weight
+    def fit_(self, target: Tensor, inner: Tensor) -> None:
+        """Set the factors to those that fit a weight in the sense of a moment."""
+        down = first_factor(target, inner, self.matricisation, self.rank)
+        self.set_factors_(second_factor(target, inner, down, self.matricisation)[0], down)
+
+    def orders(self) -> dict[str, Ordered]:
+        """Return the child that knows the pivots, by name."""
+        return {} if self.form == "factored" else {self.matricisation.order_child: self._ordered}
 
     @property
     def _ordered(self) -> Ordered:
         ordered: Ordered = getattr(self, self.matricisation.order_child)
         return ordered
 
-    def _fill(self, weight: Tensor) -> None:
-        """Set the factors to the truncated SVD of a weight."""
-        self.set_factors_(*truncated_factors(self.matricisation.to_matrices(weight), self.rank))
+
+def finite_copies(*factors: Tensor) -> list[Tensor]:
+    """Return factors in float64, or refuse values that are not finite."""
+    copies = [working_copy(one) for one in factors]
+    if not all(bool(one.isfinite().all()) for one in copies):
+        raise ValueError("expected finite factors, got NaN or infinite values.")
+    return copies
 
 
 def multiply_out(layer: LowRankLayer) -> Tensor:
     """Return the weight that a low-rank layer stands for, in float32 or better."""
     with torch.autocast(layer._factor("up").device.type, enabled=False):
-        up, down = layer.factors()
-        return layer.matricisation.to_weight(up @ down)
+        return layer.product_of(layer.factors())
 
 
 def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
@@ -235,7 +302,7 @@ def inherit(layer: _Layer, dense: nn.Module, weight: nn.Parameter) -> _Layer:
     """Take over mode, ``requires_grad`` and a copy of the bias from the dense layer."""
     layer.train(dense.training)
     layer.to(memory_format=memory_format_of(weight))  # type: ignore[call-overload]
-    for child in ("down", "up"):
+    for child in layer.factor_children:
         layer._factor(child).requires_grad_(weight.requires_grad)
     bias = dense._parameters.get("bias")
     if bias is not None:
@@ -255,7 +322,7 @@ def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
 
 def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     """Build the dense layer of type ``cls`` that a low-rank layer stands for."""
-    for child in (layer.down, layer.up):
+    for child in (getattr(layer, name) for name in layer.factor_children):
         if not isinstance(child._parameters.get("weight"), Tensor):
             raise ValueError(
                 f"a {type(layer).__name__} cannot be merged: its factor is now a {type(child).__module__}."
@@ -265,10 +332,10 @@ def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -
     dense: Any = uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
     bias = layer.bias
     with torch.no_grad():
-        up, down = (working_copy(factor) for factor in layer.factors())
+        exact = tuple(working_copy(factor) for factor in layer.factors())
         limit = torch.finfo(own.dtype).max  # a product of finite factors may pass that of float16
-        weight = layer.matricisation.to_weight(up @ down).clamp(-limit, limit).to(own)
-        last = any(memory_format_of(layer._factor(child)) is torch.channels_last for child in ("up", "down"))
+        weight = layer.product_of(exact).clamp(-limit, limit).to(own)
+        last = any(memory_format_of(layer._factor(child)) is torch.channels_last for child in layer.factor_children)
         weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         dense.weight = nn.Parameter(weight, requires_grad=own.requires_grad)
         if bias is not None:

@@ -27,19 +27,26 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
-from ._checks import check_choice
+from ._checks import check_choice, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Scheme = Literal["channel", "input", "spatial", "spatial_transposed"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+LayerScheme = Literal[Scheme, "tucker"]  # what a convolution can become: one of these, or three layers
+LAYER_SCHEMES: tuple[LayerScheme, ...] = (*SCHEMES, "tucker")
 Form = Literal["factored", "pivoted"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 _Ranks = TypeVar("_Ranks", int, Tensor)
+
+# What each unit of rank × (rows - rank) / rows adds to the squared error of rounding in the pivoted form, relative to
+# the factored one: 0.015 to 0.02 were measured on random and decaying spectra of up to 1,536 rows.
+AMPLIFIED = 0.02
 
 
 def channel_view(weight: Tensor, groups: int = 1, *, transposed: bool = False) -> Tensor:
@@ -111,6 +118,47 @@ class Matricisation:
         saved = rank if form == "pivoted" else 0 * rank
         return self.groups * rank * (self.rows + self.columns - saved)
 
+    def ranks(self, form: Form, multiple: int = 1) -> Tensor:
+        """The ranks to choose from, ascending, ``(n,)`` int64: all multiples of a number."""
+        return multiple * torch.arange(1, self.largest_rank(form) // multiple + 1, device="cpu")
+
+    def work(self, ranks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+        """Multiply-accumulates for each position that ``down`` computes, and for each position of the output.
+
+        The pivoted form saves rank × rank of them where the pivots are whole channels; elsewhere ``up`` puts its weight
+        together and uses all of it.
+        """
+        child = self.order_child if form == "pivoted" else ""
+        columns = self.columns - ranks if child == "split" else self.columns
+        rows = self.rows - ranks if child == "merge" else self.rows
+        return self.groups * ranks * columns, self.groups * ranks * rows
+
+    def amplification(self, form: Form) -> Tensor:
+        """What the form multiplies the squared error of rounding with, for every rank.
+
+        In the factored form that error was measured to be a little under the unit roundoff, and independent of the
+        truncation. In the pivoted form the rounding of the rows that are kept reaches the others too.
+        """
+        ranks = torch.arange(self.full_rank + 1, dtype=torch.float64, device="cpu")
+        if form == "factored":
+            return torch.ones_like(ranks)
+        rows = self.columns if self.pivots_columns else self.rows
+        return 1 + AMPLIFIED * ranks * (rows - ranks) / rows
+
+    def checked(self, rank: object, name: str, scheme: str, form: Form) -> int:
+        """Return a rank as an int if the form can have it."""
+        why = f"the full rank of scheme {scheme!r}; keep_dense() leaves the layer whole"
+        if form == "pivoted":
+            if self.full_rank == 1:
+                raise ValueError(f"{name} has no pivoted form: its full rank is 1.")
+            why = f"one less than the full rank of scheme {scheme!r}, at which form 'pivoted' is the weight itself"
+        return check_count(rank, name, self.largest_rank(form), why)
+
+    def few(self, form: Form, multiple: int, count: int) -> list[int]:
+        """Choose so many ranks over the whole range, of those at which the layer is smaller than dense."""
+        ranks = self.ranks(form, multiple)
+        return nearly_proportional(ranks[self.parameters(ranks, form) < self.dense_parameters].tolist(), count)
+
     @property
     def order_child(self) -> Literal["merge", "split", "up"]:
         """The child of a pivoted layer that says which of the rows or columns are the pivots.
@@ -180,6 +228,15 @@ class Matricisation:
 
     def _kernel_of(self, axes: Sequence[int]) -> list[int]:
         return [size if axis in axes else 1 for axis, size in enumerate(self.kernel)]
+
+
+def nearly_proportional(ranks: Sequence[int], count: int) -> list[int]:
+    """Choose a few of some ascending ranks, from the first to the last, in about equal proportions."""
+    if len(ranks) <= count:
+        return list(ranks)
+    ratio = ranks[-1] / ranks[0]
+    wanted = [ranks[0] * ratio ** (step / (count - 1)) for step in range(count)]
+    return sorted({min(ranks, key=lambda rank, near=one: abs(rank - near)) for one in wanted})  # type: ignore[misc]
 
 
 def down_axes_of(scheme: str, kernel_axes: int) -> tuple[int, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from ._layers import KINDS, weight_of
 from ._linalg import LinAlgError, working_copy
 from ._spectrum import Spectrum
-from ._whitening import output_errors
+from ._tucker import tucker_errors
+from ._tucker_layout import TuckerLayout
+from ._whitening import output_errors, tucker_output_errors
 from .layer_plan import Option
 
 if TYPE_CHECKING:
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._layers import FoundLayer
-    from ._matricise import Scheme
+    from ._matricise import LayerScheme, Matricisation
+    from ._tucker_layout import Layout
 
 
-def options_of(found: FoundLayer, scheme: str, importance: float) -> dict[Scheme, Option]:
+def options_of(found: FoundLayer, scheme: str, importance: float) -> dict[LayerScheme, Option]:
     """Decompose a layer in every scheme that was asked for.
 
     Args:
@@ -34,21 +37,33 @@ def options_of(found: FoundLayer, scheme: str, importance: float) -> dict[Scheme
         ValueError: if the weight cannot be decomposed; the message names the layer.
     """
     weight = weight_of(found.module)
-    layouts = KINDS[type(found.module)].matricisations(found.module, scheme)
-    options: dict[Scheme, Option] = {}
+    layouts = KINDS[type(found.module)].layouts(found.module, scheme)
+    options: dict[LayerScheme, Option] = {}
     for name, layout in layouts.items():
         try:
-            spectrum = Spectrum(layout.to_matrices(weight), with_basis=len(layouts) == 1)
+            errors, spectrum = _decomposed(layout, weight, with_basis=len(layouts) == 1)
         except LinAlgError as error:
             raise undecomposed(found.name, error) from error
-        errors = spectrum.errors()
         options[name] = Option(layout, errors, importance * errors, torch.finfo(weight.dtype).eps / 2, spectrum)
     return options
 
 
+def _decomposed(layout: Layout, weight: Tensor, *, with_basis: bool) -> tuple[Tensor, Spectrum | None]:
+    if isinstance(layout, TuckerLayout):
+        return tucker_errors(layout.to_tensors(weight)), None
+    spectrum = Spectrum(cast("Matricisation", layout).to_matrices(weight), with_basis=with_basis)
+    return spectrum.errors(), spectrum
+
+
+def _output_errors(layout: Layout, weight: Tensor, inner: Tensor) -> Tensor:
+    if isinstance(layout, TuckerLayout):
+        return tucker_output_errors(weight, inner, layout)
+    return output_errors(weight, inner, cast("Matricisation", layout))
+
+
 def calibrated(
-    options: Mapping[Scheme, Option], name: str, weight: Tensor, inner: Tensor, importance: float
-) -> dict[Scheme, Option]:
+    options: Mapping[LayerScheme, Option], name: str, weight: Tensor, inner: Tensor, importance: float
+) -> dict[LayerScheme, Option]:
     """Weigh the ranks of a layer by the error at its output.
 
     Args:
@@ -68,7 +83,7 @@ def calibrated(
         )
     try:
         losses = {
-            scheme: output_errors(working_copy(weight), inner, one.matricisation) for scheme, one in options.items()
+            scheme: _output_errors(one.matricisation, working_copy(weight), inner) for scheme, one in options.items()
         }
     except LinAlgError as error:
         raise undecomposed(name, error) from error

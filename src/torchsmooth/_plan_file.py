@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ._matricise import FORMS, SCHEMES, distinct_schemes, matricise
+from ._budget import Frontier
+from ._matricise import FORMS, LAYER_SCHEMES, distinct_schemes, matricise
 from ._prices import MacPrices, ParameterPrices, Positions, TimePrices
 from ._targets import TARGETS
+from ._tucker import monotone
+from ._tucker_layout import TuckerLayout
 from .layer_plan import LayerPlan, Option
 
 if TYPE_CHECKING:
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ._matricise import Form, Matricisation, Scheme
+    from ._matricise import Form, LayerScheme
     from ._prices import Prices
+    from ._tucker_layout import Layout, Rank
 
 _FORMAT, _VERSION = "torchsmooth plan", 1
 _LARGEST = 2**63 - 1
@@ -53,18 +57,39 @@ def _layer_content(layer: LayerPlan) -> dict[str, Any]:
         "forms": list(layer.forms),
         "groups": options[0].matricisation.groups if options else 1,
         "roundoff": options[0].roundoff if options else 0.0,
-        "errors": {
-            scheme: [float(f"{error:.6g}") for error in one.errors.tolist()] for scheme, one in layer.options.items()
-        },
+        "errors": {scheme: _errors_content(layer, scheme, one) for scheme, one in layer.options.items()},
         "prices": _prices_content(layer.prices),
     }
+
+
+def _errors_content(layer: LayerPlan, scheme: LayerScheme, option: Option) -> list[Any]:
+    """List the error of each rank; of pairs of ranks, only of those that no cheaper pair beats, and of the chosen."""
+    if not isinstance(option.matricisation, TuckerLayout):
+        return [_short(error) for error in option.errors.tolist()]
+    pairs = {layer.rank} if layer.scheme == scheme else set()
+    for form in FORMS:
+        for prices in (ParameterPrices(layer.parameters_before), layer.prices):
+            ranks, costs = prices.table(scheme, option.matricisation, form)
+            # Rounded as they are written, so that a plan that was read is written alike.
+            errors = [_short(error) for error in option.errors[ranks.unbind(1)].tolist()]
+            useful = Frontier.of(costs, torch.tensor(errors, dtype=torch.float64, device="cpu")).labels
+            pairs.update((r_in, r_out) for r_in, r_out in ranks[useful].tolist())
+    return [[*pair, _short(float(option.errors[pair]))] for pair in sorted(pairs)]
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")
 
 
 def _prices_content(prices: Prices) -> dict[str, Any] | None:
     if isinstance(prices, MacPrices):
         return {"positions": list(prices.positions)}
     if isinstance(prices, TimePrices):
-        times = [[*key, rank, time] for key, each in prices.times.items() for rank, time in each.items()]
+        times = [
+            [*key, list(rank) if isinstance(rank, tuple) else rank, time]
+            for key, each in prices.times.items()
+            for rank, time in each.items()
+        ]
         return {"dense": prices.dense, "times": times}
     return None
 
@@ -133,15 +158,15 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
     forms: list[Form] = fields.choices("forms", FORMS)
     groups = fields.count("groups", least=1)
     roundoff = fields.number("roundoff")
-    options: dict[Scheme, Option] = {}
+    options: dict[LayerScheme, Option] = {}
     errors = fields.fields("errors")
-    known = set(distinct_schemes(shape[2:]).values()) if len(shape) >= 2 and 0 not in shape else set()  # noqa: PLR2004
+    known = _layouts(shape, groups)
     for name in errors.content:
-        if name not in known or shape[0] % groups:
+        if name not in known:
             _refuse(f"{errors.where}{name}", f"a scheme of a weight of shape {shape} with {groups} groups", name)
-        scheme: Scheme = next(one for one in SCHEMES if one == name)
-        layout = matricise(shape, scheme, groups)
-        values = _errors(errors, scheme, layout)
+        scheme: LayerScheme = next(one for one in known if one == name)
+        layout = known[scheme]
+        values = _pair_errors(errors, layout) if isinstance(layout, TuckerLayout) else _errors(errors, scheme, layout)
         options[scheme] = Option(layout, values, values, roundoff)  # losses decide about plans, and this one is made
     layer = LayerPlan(fields.text("name"), fields.text("type"), shape, options, fields.text("reason"), forms=forms)
     layer.parameters_before = fields.count("parameters_before")
@@ -155,20 +180,63 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
     return layer
 
 
+def _layouts(shape: tuple[int, ...], groups: int) -> dict[LayerScheme, Layout]:
+    if len(shape) < 2 or 0 in shape or shape[0] % groups:  # noqa: PLR2004 - outputs and inputs
+        return {}
+    layouts: dict[LayerScheme, Layout] = {
+        scheme: matricise(shape, scheme, groups) for scheme in set(distinct_schemes(shape[2:]).values())
+    }
+    tucker = TuckerLayout.of(shape, groups)
+    return layouts if tucker is None else layouts | {"tucker": tucker}
+
+
 def _choose(layer: LayerPlan, fields: _Fields) -> None:
     if fields.get("form") == "dense":
         fields.nothing("scheme", "rank")
         return
     form: Form = fields.choice("form", ("dense", *FORMS))
-    scheme: Scheme = fields.choice("scheme", tuple(layer.options))
-    most = layer.options[scheme].matricisation.largest_rank(form)
+    scheme: LayerScheme = fields.choice("scheme", tuple(layer.options))
+    layout = layer.options[scheme].matricisation
+    most = layout.largest_rank(form)
+    if isinstance(layout, TuckerLayout):
+        pair = _pair(fields.get("rank"), f"{fields.where}rank")
+        if pair[0] > most[0] or pair[1] > most[1]:
+            _refuse(f"{fields.where}rank", f"a pair of at most {list(most)} in form {form!r}", list(pair))
+        layer.choose(scheme, pair, form)
+        return
     rank = fields.count("rank", least=1)
     if rank > most:
         _refuse(f"{fields.where}rank", f"1 … {most} in form {form!r}", rank)
     layer.choose(scheme, rank, form)
 
 
-def _errors(errors: _Fields, scheme: str, layout: Matricisation) -> Tensor:
+def _pair_errors(errors: _Fields, layout: TuckerLayout) -> Tensor:
+    """Read errors of pairs of ranks; of pairs that are not listed, that of the best listed one that is no larger."""
+    full_in, full_out = layout.full_rank
+    table = torch.ones(full_in + 1, full_out + 1, dtype=torch.float64, device="cpu")
+    for index, row in enumerate(errors.items("tucker")):
+        where = f"{errors.where}tucker[{index}]"
+        if not isinstance(row, list) or len(row) != 3:  # noqa: PLR2004
+            _refuse(where, "a pair of ranks and a squared relative error", row)
+        r_in, r_out = _pair(row[:2], where)
+        error = _number(row[2], where)
+        if r_in > full_in or r_out > full_out or error > 1:
+            _refuse(where, f"ranks of at most {full_in} and {full_out}, and a squared relative error of at most 1", row)
+        table[r_in, r_out] = error
+    return monotone(table)
+
+
+def _rank(value: object, where: str, scheme: str) -> Rank:
+    return _pair(value, where) if scheme == "tucker" else _count(value, where, 1)
+
+
+def _pair(value: object, where: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004
+        _refuse(where, "a pair of ranks", value)
+    return _count(value[0], where, 1), _count(value[1], where, 1)
+
+
+def _errors(errors: _Fields, scheme: str, layout: Layout) -> Tensor:
     values = errors.numbers(scheme)
     where = f"{errors.where}{scheme}"
     if len(values) != layout.full_rank + 1:
@@ -188,13 +256,13 @@ def _prices(fields: _Fields, target: str, entries: int) -> Prices:
         if len(positions) != len(Positions._fields):
             _refuse(f"{prices.where}positions", f"{len(Positions._fields)} whole numbers", positions)
         return MacPrices(Positions(*positions), entries)
-    times: dict[tuple[Scheme, Form], dict[int, int]] = {}
+    times: dict[tuple[LayerScheme, Form], dict[Rank, int]] = {}
     for index, row in enumerate(prices.items("times")):
         where = f"{prices.where}times[{index}]"
-        if not isinstance(row, list) or len(row) != 4 or row[0] not in SCHEMES or row[1] not in FORMS:  # noqa: PLR2004
+        if not isinstance(row, list) or len(row) != 4 or row[0] not in LAYER_SCHEMES or row[1] not in FORMS:  # noqa: PLR2004
             _refuse(where, "a scheme, a form, a rank and nanoseconds", row)
         scheme, form, rank, time = row
-        times.setdefault((scheme, form), {})[_count(rank, where, 1)] = _count(time, where, 0)
+        times.setdefault((scheme, form), {})[_rank(rank, where, scheme)] = _count(time, where, 0)
     return TimePrices(prices.count("dense"), times)
 
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ._matricise import Form, Matricisation, Scheme
+    from ._matricise import Form, LayerScheme
+    from ._tucker_layout import Layout, Rank
 
 
 class Prices(Protocol):
@@ -22,12 +23,11 @@ class Prices(Protocol):
     def dense(self) -> int:
         """What the layer costs as it is."""
 
-    def table(self, scheme: Scheme, layout: Matricisation, form: Form) -> tuple[Tensor, Tensor]:
-        """Return the ranks of a scheme and form that have a price, ascending, and their prices: both int64."""
+    def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the ranks of a scheme and form to choose from, multiples of a number, and their prices: both int64."""
 
-
-def _ranks(layout: Matricisation, form: Form) -> Tensor:
-    return torch.arange(1, layout.largest_rank(form) + 1, device="cpu")  # whatever the default device is
+    def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:
+        """Return the price of one rank, among those to choose from or not; None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class ParameterPrices:
 
     dense: int
 
-    def table(self, scheme: Scheme, layout: Matricisation, form: Form) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Return all ranks and their parameters."""
-        ranks = _ranks(layout, form)
+    def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return all ranks to choose from and their parameters."""
+        ranks = layout.ranks(form, multiple)
         return ranks, layout.parameters(ranks, form)
+
+    def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:  # noqa: ARG002
+        """Return the parameters at a rank."""
+        return int(layout.parameters(rank, form))
 
 
 class Positions(NamedTuple):
@@ -61,7 +65,7 @@ class Positions(NamedTuple):
     wide: int = 0
     outputs: int = 0
 
-    def of_down(self, layout: Matricisation) -> int:
+    def of_down(self, layout: Layout) -> int:
         """How many of each channel ``down`` computes: it has the stride of the kernel axes that it has."""
         if len(layout.kernel) != 2:  # noqa: PLR2004 - a linear layer
             return self.outputs
@@ -86,18 +90,18 @@ class MacPrices:
         """Each entry of the weight is used once for each output position."""
         return self.positions.outputs * self.entries
 
-    def table(self, scheme: Scheme, layout: Matricisation, form: Form) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Return all ranks and their multiply-accumulates.
+    def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return all ranks to choose from and their multiply-accumulates."""
+        ranks = layout.ranks(form, multiple)
+        return ranks, self._costs(layout, form, ranks)
 
-        The pivoted form saves rank × rank of them where the pivots are whole channels; elsewhere ``up`` puts its weight
-        together and uses all of it.
-        """
-        ranks = _ranks(layout, form)
-        child = layout.order_child if form == "pivoted" else ""
-        columns = layout.columns - ranks if child == "split" else layout.columns
-        rows = layout.rows - ranks if child == "merge" else layout.rows
-        work = self.positions.of_down(layout) * columns + self.positions.outputs * rows
-        return ranks, layout.groups * ranks * work
+    def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:  # noqa: ARG002
+        """Return the multiply-accumulates at a rank."""
+        return int(self._costs(layout, form, torch.tensor([rank], device="cpu")))
+
+    def _costs(self, layout: Layout, form: Form, ranks: Tensor) -> Tensor:
+        down, up = layout.work(ranks, form)
+        return self.positions.of_down(layout) * down + self.positions.outputs * up
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,17 @@ class TimePrices:
     """
 
     dense: int
-    times: Mapping[tuple[Scheme, Form], Mapping[int, int]]
+    times: Mapping[tuple[LayerScheme, Form], Mapping[Rank, int]]
 
-    def table(self, scheme: Scheme, layout: Matricisation, form: Form) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Return the ranks that were tried and their times."""
         times = sorted(self.times.get((scheme, form), {}).items())
-        ranks, costs = torch.tensor(times, dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
-        return ranks, costs
+        ranks = torch.tensor([rank for rank, _ in times], dtype=torch.int64, device="cpu")
+        ranks = ranks.reshape(-1, *layout.ranks(form).shape[1:])
+        costs = torch.tensor([cost for _, cost in times], dtype=torch.int64, device="cpu")
+        wanted = (ranks % multiple == 0).reshape(len(ranks), -1).all(1)
+        return ranks[wanted], costs[wanted]
+
+    def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:  # noqa: ARG002
+        """Return the time of a rank, if it was tried."""
+        return self.times.get((scheme, form), {}).get(rank)

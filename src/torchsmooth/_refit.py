@@ -33,7 +33,7 @@ from ._moments import Moments, input_rows, output_rows
 from ._norms import FollowingNorms
 from ._progress import progress
 from ._sharing import Sharing
-from ._whitening import damped, first_factor, second_factor, target_weight
+from ._whitening import damped, target_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -158,13 +158,11 @@ def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred
             f"calibration brings NaN or infinite values to layer {name!r}: look at the inputs, and at the layers "
             "before it."
         )
-    layout = low_rank.matricisation
     # With nothing coming in at all, the plain truncation is left.
     silent = exact.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     target = target_weight(weight, exact, cross, _RIDGE)
     inner = damped(exact, _RIDGE) + torch.diag_embed(silent[:, None].to(exact).expand(exact.shape[:2]))
-    down = first_factor(target, inner, layout, low_rank.rank)
-    low_rank.set_factors_(second_factor(target, inner, down, layout)[0], down)
+    low_rank.fit_(target, inner)
     fitted = _stored_weight(low_rank)
     energy = moments.energy(centred=centred)
     missed = energy - 2 * float((fitted * cross).sum()) + float(((fitted @ exact) * fitted).sum())
@@ -173,9 +171,9 @@ def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred
 
 def _stored_weight(low_rank: LowRankLayer) -> Tensor:
     """Multiply out what is stored, in float64 and as patches see it, ``(groups, m, n)``."""
-    layout = low_rank.matricisation
-    up, down = (working_copy(factor) for factor in low_rank.factors())
-    return layout.to_weight(up @ down).reshape(layout.groups, layout.out_channels, -1)
+    factors = tuple(working_copy(factor) for factor in low_rank.factors())
+    weight, groups = low_rank.product_of(factors), len(factors[0])
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def _bias_of(low_rank: LowRankLayer, moments: Moments, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ._lowrank_layer import LowRankLayer
 from .lowrank import LowRankConv2d, LowRankLinear
+from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +35,7 @@ _STANDARD = frozenset().union(
             nn.Conv2d(1, 1, 1, device="meta"),
             LowRankLinear(1, 1, 1, device="meta"),
             LowRankConv2d(1, 1, 1, 1, device="meta"),
+            TuckerConv2d(2, 2, 2, 1, device="meta"),
         )
     )
 )

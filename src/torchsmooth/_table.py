@@ -27,6 +27,11 @@ def format_shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
+def format_rank(rank: int | Sequence[int]) -> str:
+    """Write a rank, or a pair of them as ``8×16``."""
+    return str(rank) if isinstance(rank, int) else format_shape(rank)
+
+
 def format_milliseconds(seconds: float) -> str:
     """Write a time in milliseconds with three significant digits."""
     milliseconds = 1e3 * seconds

@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ._matricise import matricise
+from ._tucker import monotone
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ._matricise import Matricisation
+    from ._tucker_layout import TuckerLayout
 
 # What keeps a singular moment solvable: added to its diagonal, as a share of the diagonal's mean.
 _TINY = 1e-9
@@ -169,8 +173,6 @@ def output_errors(weight: Tensor, inner: Tensor, layout: Matricisation) -> Tenso
 
     A share of 1e-9 of the moment's mean diagonal is spread over all inputs, so that one that never came in counts, too.
 
-    The features of the first r rows of ``down`` come first, so that one Cholesky factor holds the solutions for all r.
-
     Args:
         weight: ``(groups, m, n)``.
         inner: ``(groups, n, n)``.
@@ -179,17 +181,63 @@ def output_errors(weight: Tensor, inner: Tensor, layout: Matricisation) -> Tenso
     Returns:
         ``(full_rank + 1,)`` in float64 on the CPU: one, never increasing, zero; all zero if nothing comes out at all.
     """
+    whole, explained = _explained(weight, inner, layout)
+    if whole == 0:
+        return torch.zeros(layout.full_rank + 1, dtype=torch.float64, device="cpu")
+    gained = explained.square().sum((0, 2, 3)).cumsum(0).cpu() / whole
+    errors = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - gained).clamp_min(0)])
+    errors[-1] = 0  # at full rank nothing is lost, whatever rounding says
+    return errors.cummin(0).values
+
+
+def _explained(weight: Tensor, inner: Tensor, layout: Matricisation) -> tuple[float, Tensor]:
+    """Return the energy of the output, and coordinates of what each row of ``down`` adds: their squares add up.
+
+    The features of the first r rows of ``down`` come first, so that one Cholesky factor holds the solutions for all r.
+
+    Returns:
+        The energy, and ``(groups, full_rank, positions, m)``; empty if the energy is zero.
+    """
     root = _triangle(inner)
     wanted = weight @ root
     whole = float(wanted.square().sum())
     if whole == 0:
-        return torch.zeros(layout.full_rank + 1, dtype=torch.float64, device="cpu")
+        return whole, weight.new_zeros(0)
     seen = features(first_factor(weight, inner, layout, layout.full_rank), layout)
     directions, lengths = _directions(seen, root)
     gram = directions @ directions.mT + torch.diag_embed(torch.full_like(lengths, _LEAST))
     triangle = torch.linalg.cholesky(gram)
-    explained = torch.linalg.solve_triangular(triangle, directions @ wanted.mT, upper=False).square().sum((0, 2))
-    gained = explained.reshape(layout.full_rank, -1).sum(1).cumsum(0).cpu() / whole
-    errors = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - gained).clamp_min(0)])
-    errors[-1] = 0  # at full rank nothing is lost, whatever rounding says
-    return errors.cummin(0).values
+    explained = torch.linalg.solve_triangular(triangle, directions @ wanted.mT, upper=False)
+    return whole, explained.unflatten(1, (layout.full_rank, -1))
+
+
+def tucker_output_errors(weight: Tensor, inner: Tensor, layout: TuckerLayout) -> Tensor:
+    """Return the squared relative error at the output of every pair of ranks, core and ``up`` refitted for each.
+
+    With r_in rows of ``down``, the best that follows puts out what has the second moment G; at r_out the tail of the
+    eigenvalues of G is missing beside what the refit misses. That is computed at the values of r_in to choose from; in
+    between stands the error of the next smaller one.
+
+    Args:
+        weight: ``(groups, m, n)``.
+        inner: ``(groups, n, n)``.
+        layout: the shapes.
+
+    Returns:
+        ``(full_in + 1, full_out + 1)`` in float64 on the CPU: one where a rank is zero, never increasing, zero at full
+        ranks; all zero if nothing comes out at all.
+    """
+    full_in, full_out = layout.full_rank
+    errors = torch.ones(full_in + 1, full_out + 1, dtype=torch.float64, device="cpu")
+    plain = matricise((layout.groups * layout.out_channels, layout.in_channels, *layout.kernel), "input", layout.groups)
+    whole, explained = _explained(weight, inner, plain)
+    if whole == 0:
+        return torch.zeros_like(errors)
+    moment = torch.zeros_like(weight @ weight.mT)
+    done = 0
+    for rank in [*layout.inner_ranks(), full_in]:
+        block = explained[:, done:rank].flatten(1, 2)
+        moment, done = moment + block.mT @ block, rank
+        values = torch.linalg.eigvalsh(moment).clamp_min(0).flip(-1).sum(0)[:full_out].cpu() / whole
+        errors[rank, 1:] = 1 - values.cumsum(0)
+    return monotone(errors)

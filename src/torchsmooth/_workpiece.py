@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .layer_plan import Choice
 
 Allocation = Literal["budget", "uniform"]
-SchemeOption = Literal["auto", "channel", "input", "spatial"]
+SchemeOption = Literal["auto", "channel", "input", "spatial", "tucker"]
 FormOption = Literal["auto", "factored", "pivoted"]
 
 _FORMS: dict[str, tuple[Form, ...]] = {"auto": FORMS, "factored": ("factored",), "pivoted": ("pivoted",)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,17 @@ from ._backup import Backup
 from ._checks import check_initialised, check_module, describe, quoted
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
-from ._matricise import FORMS
+from ._matricise import FORMS, Form, Matricisation
 from ._swap import swap_, take_over_
+from ._tucker_layout import Layout, TuckerLayout
+
+if TYPE_CHECKING:
+    from ._pivoted_modules import Ordered
 
 __all__ = ["load_compressed_"]
 
 # What only a low-rank layer has. "order" is there in the pivoted form, in one of three places.
-_PARTS = ("down.weight", "up.weight", "merge.order", "split.order", "up.order")
+_PARTS = ("down.weight", "core.weight", "up.weight", "merge.order", "split.order", "up.order")
 
 
 @torch.no_grad()
@@ -132,27 +136,47 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
             f"the state dict holds layer {name!r} twice, dense ({name + '.weight'!r}) and low-rank "
             f"({keys['down']!r}): only one of the two can be meant."
         )
-    up, down = (tuple(state_dict[keys[part]].shape) for part in ("up", "down"))
-    rank = up[1] if len(up) > 1 else 0
-    for form, (scheme, layout) in itertools.product(FORMS, kind.matricisations(module).items()):
-        if 1 <= rank <= layout.largest_rank(form) and layout.layer_shapes(rank, form) == (up, down):
+    core = f"{name}.core.weight"
+    if core in state_dict:
+        keys["core"] = core
+    shapes = {part: tuple(state_dict[key].shape) for part, key in keys.items()}
+    up, down = shapes["up"], shapes["down"]
+    for form, (scheme, layout) in itertools.product(FORMS, kind.layouts(module).items()):
+        rank = _rank(layout, form, shapes)
+        if rank is not None:
             layer = kind.like(module, rank, scheme, form)
-            if form == "pivoted":
-                _check_order(name, f"{name}.{layout.order_child}.order", layer, state_dict)
+            for child, ordered in layer.orders().items():
+                _check_order(name, f"{name}.{child}.order", ordered, state_dict)
             return layer
+    between = f", {core!r} of shape {shapes['core']}" if "core" in shapes else ""
     raise ValueError(
-        f"{keys['down']!r} of shape {down} and {keys['up']!r} of shape {up} are no factors of the weight of layer "
-        f"{name!r}, which has shape {tuple(weight_of(module).shape)} in this model: was it built with other sizes?"
+        f"{keys['down']!r} of shape {down}{between} and {keys['up']!r} of shape {up} are no factors of the weight of "
+        f"layer {name!r}, which has shape {tuple(weight_of(module).shape)} in this model: was it built with other "
+        "sizes?"
     )
 
 
-def _check_order(name: str, key: str, layer: LowRankLayer, state_dict: Mapping[str, Any]) -> None:
+def _rank(layout: Layout, form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Return the rank at which a layout has factors of these shapes; None if at none."""
+    up, down, core = shapes["up"], shapes["down"], shapes.get("core")
+    rank = up[1] if len(up) > 1 else 0
+    if isinstance(layout, Matricisation):
+        fits = core is None and 1 <= rank <= layout.largest_rank(form)
+        return rank if fits and layout.layer_shapes(rank, form) == (up, down) else None
+    if core is None or len(core) != 4 or not isinstance(layout, TuckerLayout):  # noqa: PLR2004 - a convolution
+        return None
+    pair, most = (core[1], rank), layout.largest_rank(form)
+    fits = 1 <= pair[0] <= most[0] and 1 <= pair[1] <= most[1]
+    return pair if fits and layout.layer_shapes(pair, form) == (up, core, down) else None
+
+
+def _check_order(name: str, key: str, ordered: Ordered, state_dict: Mapping[str, Any]) -> None:
     if key not in state_dict:
         raise ValueError(
             f"the state dict holds layer {name!r} in the pivoted form, with {name + '.up.weight'!r} of shape "
             f"{tuple(state_dict[name + '.up.weight'].shape)}, but not {key!r}: part of the layer is missing."
         )
-    problem = layer._ordered.why_not(state_dict[key])
+    problem = ordered.why_not(state_dict[key])
     if problem:
         raise ValueError(f"{key!r} is no order of pivots for layer {name!r}: {problem}.")
 

@@ -50,7 +50,7 @@ def svd_compress_(
         ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
-        scheme: ``"auto"`` (the best for each layer), ``"channel"``, ``"input"`` or ``"spatial"``.
+        scheme: ``"auto"`` (the best for each layer), ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``.
         form: ``"auto"`` (the better for each layer), ``"factored"`` or ``"pivoted"`` (fewer parameters at equal rank).
         allocation: ``"budget"`` (least total error within the ratio) or ``"uniform"`` (each layer keeps the same
             fraction of its own cost).

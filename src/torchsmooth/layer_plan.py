@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -12,15 +12,17 @@ from ._budget import Frontier
 from ._checks import check_choice, check_count
 from ._matricise import FORMS
 from ._prices import ParameterPrices
+from ._tucker_layout import as_rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from ._matricise import Form, Matricisation, Scheme
+    from ._matricise import Form, LayerScheme
     from ._prices import Prices
     from ._spectrum import Spectrum
+    from ._tucker_layout import Layout, Rank
 
 __all__ = ["LayerPlan", "Option"]
 
@@ -28,14 +30,9 @@ __all__ = ["LayerPlan", "Option"]
 class Choice(NamedTuple):
     """A way to store a layer."""
 
-    scheme: Scheme
+    scheme: LayerScheme
     form: Form
-    rank: int
-
-
-# What each unit of rank × (rows - rank) / rows adds to the squared error of rounding in the pivoted form, relative to
-# the factored one: 0.015 to 0.02 were measured on random and decaying spectra of up to 1,536 rows.
-_AMPLIFIED = 0.02
+    rank: Rank
 
 
 @dataclass(frozen=True)
@@ -45,32 +42,28 @@ class Option:
     Attributes:
         matricisation: its shape.
         errors: squared relative error of the truncation to each rank, ``(full_rank + 1,)`` float64 on the CPU, one at
-            rank zero; all zero for a zero weight.
+            rank zero; all zero for a zero weight. In scheme ``"tucker"``, of every pair,
+            ``(full_in + 1, full_out + 1)``.
         losses: what a plan adds up over the layers, for each rank; of any scale, the same for all layers.
         roundoff: unit roundoff of the weight's dtype: what casting the factors adds.
         spectrum: the decomposition, shared by all plans that were made of it; None if it is not known.
     """
 
-    matricisation: Matricisation
+    matricisation: Layout
     errors: Tensor
     losses: Tensor
     roundoff: float = 0.0
     spectrum: Spectrum | None = None
 
     def rounded(self, what: Literal["errors", "losses"], form: Form) -> Tensor:
-        """Return errors or losses with what casting the factors of a form adds, relative to those of rank zero.
-
-        In the factored form that was measured to be a little under the unit roundoff, and independent of the
-        truncation. In the pivoted form the rounding of the rows that are kept reaches the others too.
-        """
+        """Return errors or losses with what casting the factors of a form adds, relative to those of rank zero."""
         values = self.errors if what == "errors" else self.losses
-        squared = torch.full_like(values, self.roundoff**2)
-        if form == "pivoted":
-            layout = self.matricisation
-            rows = layout.columns if layout.pivots_columns else layout.rows
-            ranks = torch.arange(len(values), dtype=values.dtype, device="cpu")
-            squared *= 1 + _AMPLIFIED * ranks * (rows - ranks) / rows
-        return values + values[0] * squared
+        squared = self.roundoff**2 * self.matricisation.amplification(form)
+        return values + values.flatten()[0] * squared
+
+    def at(self, what: Literal["errors", "losses"], form: Form, ranks: Tensor) -> Tensor:
+        """Return the same for some ranks, ``(n,)`` or ``(n, 2)``."""
+        return self.rounded(what, form)[ranks if ranks.dim() == 1 else ranks.unbind(1)]
 
 
 class LayerPlan:
@@ -92,7 +85,7 @@ class LayerPlan:
         name: str,
         type_name: str,
         shape: tuple[int, ...],
-        options: Mapping[Scheme, Option],
+        options: Mapping[LayerScheme, Option],
         reason: str = "",
         *,
         forms: Sequence[Form] = FORMS,
@@ -110,34 +103,32 @@ class LayerPlan:
         return other
 
     @property
-    def rank(self) -> int | None:
+    def rank(self) -> Any:
         """Rank to keep in each group, 1 … ``full_rank``; None for a layer that stays dense.
 
-        Setting it keeps scheme and form, the form only where it has that rank. On a dense layer it also chooses: the
-        scheme with the least error at that rank, and the pivoted form if that was asked for.
+        In scheme ``"tucker"`` it is a pair ``(r_in, r_out)``; one number stands for both. Setting it keeps scheme and
+        form, the form only where it has that rank. On a dense layer it also chooses: ``"tucker"`` for a pair, otherwise
+        of the others the scheme with the least error at that rank, and the pivoted form if that was asked for.
 
         Raises:
-            TypeError: if it is set to something else than an integer.
+            TypeError: if it is set to something else than an integer, or a pair of them in scheme ``"tucker"``.
             ValueError: if it is set out of range, or on a layer that cannot be compressed.
         """
         return None if self._choice is None else self._choice.rank
 
     @rank.setter
-    def rank(self, rank: int) -> None:
-        options = self._require_options()
-        allowed = options if self._choice is None else {self._choice.scheme: options[self._choice.scheme]}
-        most = max(one.matricisation.full_rank for one in allowed.values())
-        rank = check_count(rank, f"rank of layer {self.name!r}", most, "the full rank; keep_dense() leaves it whole")
-        fitting = {name: one for name, one in allowed.items() if rank <= one.matricisation.full_rank}
-        scheme = min(fitting, key=lambda name: float(fitting[name].errors[rank]))
-        if self._choice is None:  # where it exists, the pivoted form is always the smaller one
+    def rank(self, rank: Any) -> None:
+        if self._choice is None:
+            scheme = self._best_scheme(rank)
             wanted: Form = "pivoted" if "pivoted" in self.forms else "factored"
-        else:
-            wanted = self._choice.form
-        self.choose(scheme, rank, self._possible(scheme, rank, wanted))
+        else:  # where it exists, the pivoted form is always the smaller one
+            scheme, wanted = self._choice.scheme, self._choice.form
+        layout = self.options[scheme].matricisation
+        kept = layout.checked(rank, f"rank of layer {self.name!r}", scheme, "factored")
+        self.choose(scheme, kept, self._possible(scheme, kept, wanted))
 
     @property
-    def scheme(self) -> Scheme | None:
+    def scheme(self) -> LayerScheme | None:
         """The matricisation; None for a layer that stays dense.
 
         Raises:
@@ -146,10 +137,17 @@ class LayerPlan:
         return None if self._choice is None else self._choice.scheme
 
     @scheme.setter
-    def scheme(self, scheme: Scheme) -> None:
+    def scheme(self, scheme: LayerScheme) -> None:
         choice = self._require_choice("scheme")
         check_choice(scheme, f"scheme of layer {self.name!r}", tuple(self.options))
-        self.choose(scheme, choice.rank, self._possible(scheme, choice.rank, choice.form))
+        layout, name = self.options[scheme].matricisation, f"rank of layer {self.name!r}"
+        if isinstance(choice.rank, tuple) and scheme != choice.scheme:
+            raise ValueError(
+                f"layer {self.name!r} has a pair of ranks, {choice.rank}, of which scheme {scheme!r} has but one: use "
+                "choose(scheme, rank)."
+            )
+        rank = layout.checked(choice.rank, name, scheme, "factored")
+        self.choose(scheme, rank, self._possible(scheme, rank, choice.form))
 
     @property
     def form(self) -> str:
@@ -172,8 +170,8 @@ class LayerPlan:
         return self._choice
 
     @property
-    def full_rank(self) -> int | None:
-        """The rank from which on nothing is lost, in the chosen scheme; None for a layer that stays dense."""
+    def full_rank(self) -> Any:
+        """The rank or ranks from which on nothing is lost, in the chosen scheme; None for a layer that stays dense."""
         return None if self._choice is None else self.options[self._choice.scheme].matricisation.full_rank
 
     @property
@@ -182,7 +180,7 @@ class LayerPlan:
         if self._choice is None:
             return self.parameters_before
         scheme, form, rank = self._choice
-        return self.options[scheme].matricisation.parameters(rank, form)
+        return int(self.options[scheme].matricisation.parameters(rank, form))
 
     @property
     def cost_after(self) -> int | None:
@@ -190,9 +188,7 @@ class LayerPlan:
         if self._choice is None:
             return self.prices.dense
         scheme, form, rank = self._choice
-        ranks, costs = self.prices.table(scheme, self.options[scheme].matricisation, form)
-        known = costs[ranks == rank]
-        return int(known) if len(known) else None
+        return self.prices.cost(scheme, self.options[scheme].matricisation, form, rank)
 
     @property
     def relative_error(self) -> float:
@@ -210,12 +206,13 @@ class LayerPlan:
         """
         self._choice, self.reason = None, reason
 
-    def choose(self, scheme: Scheme, rank: int, form: Form = "factored") -> None:
+    def choose(self, scheme: LayerScheme, rank: Rank, form: Form = "factored") -> None:
         """Set scheme, rank and form together.
 
         Args:
             scheme: one of ``options``.
-            rank: 1 … the full rank of that scheme; in the pivoted form one less.
+            rank: 1 … the full rank of that scheme; in the pivoted form one less. In scheme ``"tucker"`` a pair
+                ``(r_in, r_out)``, or one number for both.
             form: ``"factored"`` or ``"pivoted"``.
 
         Raises:
@@ -224,13 +221,7 @@ class LayerPlan:
         """
         check_choice(scheme, f"scheme of layer {self.name!r}", tuple(self._require_options()))
         check_choice(form, f"form of layer {self.name!r}", FORMS)
-        layout = self.options[scheme].matricisation
-        why = f"the full rank of scheme {scheme!r}; keep_dense() leaves the layer whole"
-        if form == "pivoted":
-            if layout.full_rank == 1:
-                raise ValueError(f"layer {self.name!r} has no pivoted form: its full rank is 1.")
-            why = f"one less than the full rank of scheme {scheme!r}, at which form 'pivoted' is the weight itself"
-        rank = check_count(rank, f"rank of layer {self.name!r}", layout.largest_rank(form), why)
+        rank = self.options[scheme].matricisation.checked(rank, f"rank of layer {self.name!r}", scheme, form)
         self._choice, self.reason = Choice(scheme, form, rank), ""
 
     def choices(self, what: Literal["errors", "losses"], multiple: int = 1) -> tuple[Frontier, list[Choice | None]]:
@@ -244,22 +235,34 @@ class LayerPlan:
         costs, losses = [], []
         for form in self.forms:
             for scheme, one in self.options.items():
-                ranks, prices = self.prices.table(scheme, one.matricisation, form)
+                ranks, prices = self.prices.table(scheme, one.matricisation, form, multiple)
                 smaller = one.matricisation.parameters(ranks, form) < self.parameters_before
-                useful = smaller & (prices < self.prices.dense) & (ranks % multiple == 0)
-                ranks = ranks[useful]
-                meanings += [Choice(scheme, form, rank) for rank in ranks.tolist()]
-                costs.append(prices[useful])
-                losses.append(one.rounded(what, form)[ranks])
+                ranks, prices = (values[smaller & (prices < self.prices.dense)] for values in (ranks, prices))
+                best = Frontier.of(prices, one.at(what, form, ranks))  # of the pairs of ranks, most are of no use
+                meanings += [Choice(scheme, form, as_rank(entry)) for entry in ranks[best.labels].tolist()]
+                costs.append(best.costs)
+                losses.append(best.errors)
         meanings.append(None)
         costs.append(torch.tensor([self.prices.dense], device="cpu"))
         losses.append(torch.zeros(1, dtype=torch.float64, device="cpu"))
         return Frontier.of(torch.cat(costs), torch.cat(losses)), meanings
 
-    def _possible(self, scheme: Scheme, rank: int, form: Form) -> Form:
-        return form if rank <= self.options[scheme].matricisation.largest_rank(form) else "factored"
+    def _best_scheme(self, rank: Any) -> LayerScheme:
+        options = self._require_options()
+        plain = {name: one for name, one in options.items() if name != "tucker"}
+        if not plain or ("tucker" in options and isinstance(rank, (tuple, list))):
+            return "tucker"
+        most = max(one.matricisation.full_rank for one in plain.values())
+        rank = check_count(rank, f"rank of layer {self.name!r}", most, "the full rank; keep_dense() leaves it whole")
+        fitting = {name: one for name, one in plain.items() if rank <= one.matricisation.full_rank}
+        return min(fitting, key=lambda name: float(fitting[name].errors[rank]))
 
-    def _require_options(self) -> Mapping[Scheme, Option]:
+    def _possible(self, scheme: LayerScheme, rank: Rank, form: Form) -> Form:
+        most = self.options[scheme].matricisation.largest_rank(form)
+        pairs = zip(*((one,) if isinstance(one, int) else one for one in (rank, most)), strict=True)
+        return form if all(one <= largest for one, largest in pairs) else "factored"
+
+    def _require_options(self) -> Mapping[LayerScheme, Option]:
         if not self.options:
             raise ValueError(f"layer {self.name!r} cannot be compressed: {self.reason}.")
         return self.options

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ._checks import check_choice, check_values, describe
-from ._lowrank_layer import LowRankLayer, check_rank, check_source, inherit, merged, uninitialised
+from ._lowrank_layer import TwoFactorLayer, check_rank, check_source, inherit, merged, uninitialised
 from ._matricise import SCHEMES, Form, Scheme, distinct_schemes, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, PivotedConv2d
 
@@ -29,7 +29,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 __all__ = ["LowRankConv2d", "LowRankLinear"]
 
 
-class LowRankLinear(LowRankLayer):
+class LowRankLinear(TwoFactorLayer):
     r"""A linear layer with a weight of rank r: ``up(down(x))``, :math:`W = W_{up} W_{down}`.
 
     In the pivoted form ``down`` computes r of the outputs themselves, ``up`` the others from them, and ``merge`` puts
@@ -108,7 +108,7 @@ class LowRankLinear(LowRankLayer):
         """
         layer = cls.like(linear, rank, form)
         check_values(linear.weight, type(linear).__name__)
-        layer._fill(linear.weight)
+        layer.truncate_(linear.weight)
         return layer
 
     @classmethod
@@ -159,7 +159,7 @@ class LowRankLinear(LowRankLayer):
         )
 
 
-class LowRankConv2d(LowRankLayer):
+class LowRankConv2d(TwoFactorLayer):
     """A convolution with a weight of rank r (in each group), in one of the schemes of the matricisation.
 
     ``channel``: a full kernel to ``rank`` channels, then 1×1. ``input``: 1×1, then the full kernel. ``spatial``: kh×1,
@@ -313,7 +313,7 @@ class LowRankConv2d(LowRankLayer):
         """
         layer = cls.like(conv, rank, scheme, form)
         check_values(conv.weight, type(conv).__name__)
-        layer._fill(conv.weight)
+        layer.truncate_(conv.weight)
         return layer
 
     @classmethod
@@ -335,7 +335,7 @@ class LowRankConv2d(LowRankLayer):
         """
         weight = check_source(conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.", cls.shape_of)
         layer = uninitialised(
-            cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, scheme=scheme, **_geometry(conv),
+            cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, scheme=scheme, **geometry_of(conv),
             bias=False, device=weight.device, dtype=weight.dtype, form=form,
         )  # fmt: skip
         return inherit(layer, conv, weight)
@@ -353,7 +353,7 @@ class LowRankConv2d(LowRankLayer):
             kept.
         """
         sizes = (self.in_channels, self.out_channels, self.kernel_size)
-        return merged(self, nn.Conv2d, *sizes, **_geometry(self))
+        return merged(self, nn.Conv2d, *sizes, **geometry_of(self))
 
     def to_dense(self) -> nn.Conv2d:
         """Do what :meth:`to_conv2d` does, under the name that all low-rank layers share."""
@@ -368,6 +368,7 @@ class LowRankConv2d(LowRankLayer):
         return f"{text}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}{self._form_repr()}"
 
 
-def _geometry(conv: nn.Conv2d | LowRankConv2d) -> dict[str, Any]:
+def geometry_of(conv: Any) -> dict[str, Any]:
+    """Return what says how a kernel moves over the input, dense or low-rank."""
     names = ("stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names}

@@ -17,7 +17,7 @@ from ._layers import count_parameters
 from ._macs import count_macs
 from ._running import as_inputs
 from ._swap import swap_
-from ._table import format_table
+from ._table import format_rank, format_table
 from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def _compared(layer: LayerPlan | None) -> tuple[str, str, str]:
     if layer is None:
         return "–", "–", "–"
     error = "–" if layer.choice is None else f"{layer.relative_error:.4f}"
-    rank = "" if layer.choice is None else f", rank {layer.rank}"
+    rank = "" if layer.choice is None else f", rank {format_rank(layer.rank)}"
     return f"{choice_cell(layer)}{rank}", f"{layer.parameters_after:,}", error
 
 

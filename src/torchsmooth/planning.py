@@ -52,8 +52,9 @@ def plan_compression(
         ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
-        scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), or ``"auto"``: the
-            best of all for each layer. Linear layers and 1×1 convolutions have only one.
+        scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), ``"tucker"`` (three
+            layers, with a pair of ranks), or ``"auto"``: the best of all for each layer. Linear layers and 1×1
+            convolutions have only one.
         form: ``"factored"``, two whole factors; ``"pivoted"``, which saves rank × rank of their entries; or
             ``"auto"``: the better of the two for each layer.
         allocation: ``"budget"`` as above, or ``"uniform"``: each layer keeps the same fraction of its own cost.
@@ -140,12 +141,13 @@ def sweep(
     """Make the plans for many ratios from one decomposition.
 
     Each plan is what :func:`torchsmooth.plan_compression` makes for its ratio alone. No layer is decomposed twice,
-    neither for planning nor when any of the plans is applied to the model or to copies of it.
+    neither for planning nor when any of the plans is applied to the model or to copies of it, except that scheme
+    ``"tucker"`` refines its bases for the ranks that are applied.
 
     Args:
         model: as for :func:`torchsmooth.plan_compression`, like everything else.
         ratios: fractions to remove, each strictly between 0 and 1.
-        scheme: ``"auto"``, ``"channel"``, ``"input"`` or ``"spatial"``.
+        scheme: ``"auto"``, ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``.
         form: ``"auto"``, ``"factored"`` or ``"pivoted"``.
         allocation: ``"budget"`` or ``"uniform"``.
         target: ``"params"``, ``"macs"`` or ``"latency"``.

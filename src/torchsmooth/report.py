@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ._table import format_milliseconds, format_shape, format_share, format_table
+from ._table import format_milliseconds, format_rank, format_shape, format_share, format_table
 
 __all__ = ["CompressionReport", "LayerReport"]
 
@@ -20,9 +20,10 @@ class LayerReport:
         name: qualified name in the model.
         type: class name before.
         shape: shape of the weight before.
-        scheme: ``"channel"``, ``"input"``, ``"spatial"`` or ``"spatial_transposed"``; None if it stayed dense.
+        scheme: ``"channel"``, ``"input"``, ``"spatial"``, ``"spatial_transposed"`` or ``"tucker"``; None if it stayed
+            dense.
         form: how it is stored: ``"factored"``, ``"pivoted"`` or ``"dense"``.
-        rank: rank kept, in each group; None if it stayed dense.
+        rank: rank kept, in each group, or a pair (r_in, r_out); None if it stayed dense.
         full_rank: rank from which on nothing is lost, in that scheme; None if it stayed dense.
         parameters_before: entries of the weight.
         parameters_after: entries of the factors, or of the weight if it stayed dense.
@@ -38,8 +39,8 @@ class LayerReport:
     shape: tuple[int, ...]
     scheme: str | None
     form: str
-    rank: int | None
-    full_rank: int | None
+    rank: int | tuple[int, int] | None
+    full_rank: int | tuple[int, int] | None
     parameters_before: int
     parameters_after: int
     relative_error: float
@@ -63,7 +64,7 @@ def layer_row(layer: Any, *, with_output: bool) -> tuple[str, ...]:
         layer.name or "(the model)",
         format_shape(layer.shape),
         "–" if dense else choice_cell(layer),
-        "–" if dense else f"{layer.rank} / {layer.full_rank}",
+        "–" if dense else f"{format_rank(layer.rank)} / {format_rank(layer.full_rank)}",
         before if dense else f"{before} → {after}",
         "–" if dense else f"{layer.relative_error:.4f}",
         *([] if not with_output else ["–" if output is None else f"{output:.4f}"]),
