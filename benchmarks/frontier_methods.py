@@ -98,7 +98,8 @@ def _can_be_planned(model: nn.Module, ratio: float, options: dict[str, Any]) -> 
 METHODS = {
     "uniform": low_rank("uniform ranks, channel", allocation="uniform", scheme="channel", form="factored"),
     "budget": low_rank("global budget, channel", scheme="channel", form="factored"),
-    "schemes": low_rank("+ all schemes", form="factored"),
+    "spatial": low_rank("+ input and spatial", scheme=("channel", "input", "spatial"), form="factored"),
+    "tucker": low_rank("+ Tucker-2", form="factored"),
     "pivoted": low_rank("+ pivoted form (the default)", recalibrated="the default + BatchNorm"),
     "calibration": low_rank("the default + calibration", calibrated=True),
     "unstructured": pruning("unstructured pruning", zero_weights_, "unstructured pruning + BatchNorm"),

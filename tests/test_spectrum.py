@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.networks import mlp, small_resnet
-from tests.strategies import hard_matrices, randn, seeds
+from tests.strategies import convolutions, hard_matrices, randn, seeds
 from torchsmooth import plan_compression, sweep
+from torchsmooth._layers import FoundLayer
 from torchsmooth._linalg import decompose, factors_in, truncated_factors
+from torchsmooth._options import options_of
 from torchsmooth._spectrum import Spectrum
+from torchsmooth._tucker import tucker_factors
+from torchsmooth._tucker_spectrum import TuckerSpectrum
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,7 +102,7 @@ def test_a_basis_is_not_used_for_another_weight(seed, rank, change, with_basis):
 
 def test_no_layer_is_decomposed_twice(solves):
     model = small_resnet()
-    plans = sweep(model, [0.3, 0.5, 0.7, 0.8], scheme="spatial")  # "tucker" refines its bases for each pair of ranks
+    plans = sweep(model, [0.3, 0.5, 0.7, 0.8], scheme=("spatial", "input"))
     single = sum(len(layer.options) == 1 for layer in plans[0])
     several = sum(len(layer.options) for layer in plans[0] if len(layer.options) > 1)
     assert solves == {"eigh": single, "eigvalsh": several}
@@ -107,6 +111,48 @@ def test_no_layer_is_decomposed_twice(solves):
         plan.apply_(copy.deepcopy(model))
     assert solves["eigh"] == single + len(applied)
     assert solves["eigvalsh"] == several
+
+
+def test_tucker_shares_the_bases_of_two_other_schemes(solves, monkeypatch):
+    # Only its refinement for a pair of ranks is new: two bases in a round.
+    monkeypatch.setattr("torchsmooth._tucker._SWEEPS", 0)
+    model = small_resnet()
+    plans = sweep(model, [0.5, 0.7, 0.9])
+    plans[0]["layers.3.conv2"].choose("tucker", (5, 6))
+    options = [layer.options for layer in plans[0] if layer.options]
+    convolutions = sum("tucker" in one for one in options)
+    others = len(options) - convolutions
+    assert convolutions > 10
+    assert solves == {"eigh": 2 * convolutions + others, "eigvalsh": 2 * convolutions}
+    before = solves.copy()
+    applied = {(layer.name, layer.scheme) for plan in plans for layer in plan if layer.rank}
+    for plan in [*plans, *plans]:
+        plan.apply_(copy.deepcopy(model))
+    assert any(scheme == "tucker" for _, scheme in applied)
+    spatial = sum(scheme.startswith("spatial") for _, scheme in applied)
+    assert solves == before + Counter(eigh=spatial)
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from([(6, 5), (2, 40), (40, 2), (6, 6)]), st.booleans())
+def test_a_tucker_basis_is_not_used_for_another_weight(seed, sizes, scaled):
+    weight = randn(2, *sizes, 9, seed=seed)
+    other = randn(2, *sizes, 9, seed=seed + 1) * (1e-9 if scaled else 1)
+    spectrum = TuckerSpectrum(weight)
+    for _ in range(2):
+        assert all(map(torch.equal, spectrum.factors(weight, (2, 2)), tucker_factors(weight, (2, 2))))
+        assert all(map(torch.equal, spectrum.factors(other, (2, 2)), tucker_factors(other, (2, 2))))
+    read = pickle.loads(pickle.dumps(spectrum))
+    assert torch.equal(read.errors(), spectrum.errors())
+    assert all(map(torch.equal, read.factors(weight, (2, 2)), tucker_factors(weight, (2, 2))))
+
+
+@given(convolutions(least=2), st.sampled_from(DTYPES))
+def test_bases_of_channel_and_input_are_those_of_tucker(case, dtype):
+    conv = case[0].to(dtype)
+    together = options_of(FoundLayer("conv", conv), ("auto",), 1.0)["tucker"]
+    alone = options_of(FoundLayer("conv", conv), ("tucker",), 1.0)["tucker"]
+    assert torch.allclose(together.errors, alone.errors, rtol=1e-6, atol=1e-12)
 
 
 def test_linear_layers_are_decomposed_just_once_in_all(solves):

@@ -20,8 +20,9 @@ from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn
 from torchsmooth import TuckerConv2d
 from torchsmooth._macs import count_macs
 from torchsmooth._running import as_inputs
-from torchsmooth._tucker import tucker_errors, tucker_factors, tucker_product
+from torchsmooth._tucker import tucker_factors, tucker_product
 from torchsmooth._tucker_layout import TuckerLayout
+from torchsmooth._tucker_spectrum import TuckerSpectrum
 from torchsmooth._whitening import tucker_output_errors
 
 FORMS = ("factored", "pivoted")
@@ -52,7 +53,7 @@ def tensors(draw, dtype=torch.float64):
 
 @given(tensors())
 def test_errors_are_those_of_the_truncated_hosvd(weight):
-    errors = tucker_errors(weight)
+    errors = TuckerSpectrum(weight).errors()
     groups, outputs, inputs, positions = weight.shape
     flat = weight.reshape(groups * outputs, inputs, 1, positions)
     whole = float(flat.square().sum())
@@ -74,7 +75,7 @@ def test_errors_are_those_of_the_truncated_hosvd(weight):
 @given(data=st.data())
 def test_no_pair_is_worse_than_predicted_nor_than_the_hosvd(data):
     weight = data.draw(tensors())
-    errors = tucker_errors(weight)
+    errors = TuckerSpectrum(weight).errors()
     groups, outputs, inputs, positions = weight.shape
     ranks = tuple(data.draw(st.integers(1, size - 1)) for size in errors.shape)
     up, core, down = tucker_factors(weight, ranks)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ._checks import check_initialised
 from ._lowrank_layer import LowRankLayer, why_not_plain
-from ._matricise import LAYER_SCHEMES, Form, LayerScheme, distinct_schemes, matricise
+from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
 from ._table import format_rank
 from ._tucker_layout import Layout, TuckerLayout
@@ -23,7 +23,7 @@ from .lowrank import LowRankConv2d, LowRankLinear
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 # What a user may ask for. A weight without two kernel axes has no spatial scheme, one with a 1×1 kernel or a single
@@ -81,13 +81,14 @@ class LayerKind:
     factorise: Maker
     like: Maker
 
-    def layouts(self, layer: nn.Module, option: str = "auto") -> dict[LayerScheme, Layout]:
-        """Return the different shapes of factors that an option allows for a layer's weight, by scheme."""
+    def layouts(self, layer: nn.Module, options: Sequence[str] = ("auto",)) -> dict[LayerScheme, Layout]:
+        """Return the different shapes of factors that some options allow for a layer's weight, by scheme."""
         shape = tuple(weight_of(layer).shape)
         first_names = distinct_schemes(shape[2:])
-        names = dict.fromkeys(first_names[scheme] for scheme in _OPTIONS[option] if scheme in first_names)
+        allowed = {scheme for option in options for scheme in _OPTIONS[option]}
+        names = dict.fromkeys(first_names[scheme] for scheme in SCHEMES if scheme in allowed & first_names.keys())
         layouts: dict[LayerScheme, Layout] = {scheme: matricise(shape, scheme, self.groups(layer)) for scheme in names}
-        tucker = TuckerLayout.of(shape, self.groups(layer)) if "tucker" in _OPTIONS[option] else None
+        tucker = TuckerLayout.of(shape, self.groups(layer)) if "tucker" in allowed else None
         if tucker is not None:
             layouts["tucker"] = tucker
         return layouts or {"channel": matricise(shape, "channel", self.groups(layer))}

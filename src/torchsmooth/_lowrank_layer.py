@@ -18,7 +18,7 @@ from ._whitening import first_factor, second_factor
 
 if TYPE_CHECKING:
     from ._matricise import Form, Matricisation
-    from ._spectrum import Spectrum
+    from ._spectrum import Decomposition
 
 _STATE_HOOKS = (
     "_state_dict_hooks",
@@ -73,7 +73,7 @@ class LowRankLayer(nn.Module):
         """Multiply factors out to a weight ``(out, in / groups, …)``."""
 
     @abstractmethod
-    def truncate_(self, weight: Tensor, spectrum: Spectrum | None = None) -> None:
+    def truncate_(self, weight: Tensor, spectrum: Decomposition | None = None) -> None:
         """Set the factors to the best, or nearly best, of a weight; ``spectrum`` is its decomposition, where known."""
 
     @abstractmethod
@@ -191,7 +191,7 @@ class TwoFactorLayer(LowRankLayer):
         up, down = factors
         return self.matricisation.to_weight(up @ down)
 
-    def truncate_(self, weight: Tensor, spectrum: Spectrum | None = None) -> None:
+    def truncate_(self, weight: Tensor, spectrum: Decomposition | None = None) -> None:
         """Set the factors to the truncated SVD of a weight."""
         matrices = self.matricisation.to_matrices(weight)
         known = truncated_factors if spectrum is None else spectrum.factors

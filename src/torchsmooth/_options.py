@@ -9,50 +9,69 @@ import torch
 
 from ._layers import KINDS, weight_of
 from ._linalg import LinAlgError, working_copy
+from ._matricise import Matricisation
 from ._spectrum import Spectrum
-from ._tucker import tucker_errors
 from ._tucker_layout import TuckerLayout
+from ._tucker_spectrum import TuckerSpectrum
 from ._whitening import output_errors, tucker_output_errors
 from .layer_plan import Option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from ._layers import FoundLayer
-    from ._matricise import LayerScheme, Matricisation
+    from ._matricise import LayerScheme
+    from ._spectrum import Decomposition
     from ._tucker_layout import Layout
 
+# The side of a scheme's matrix on which a basis of Tucker-2 lies.
+_TUCKER_SIDES: dict[LayerScheme, str] = {"channel": "up", "input": "down"}
 
-def options_of(found: FoundLayer, scheme: str, importance: float) -> dict[LayerScheme, Option]:
+
+def options_of(found: FoundLayer, schemes: Sequence[str], importance: float) -> dict[LayerScheme, Option]:
     """Decompose a layer in every scheme that was asked for.
 
     Args:
         found: a layer that can be compressed, with finite values.
-        scheme: one of ``SCHEME_OPTIONS``.
+        schemes: some of ``SCHEME_OPTIONS``.
         importance: what its squared relative errors are multiplied with to become losses.
 
     Raises:
         ValueError: if the weight cannot be decomposed; the message names the layer.
     """
     weight = weight_of(found.module)
-    layouts = KINDS[type(found.module)].layouts(found.module, scheme)
+    layouts = KINDS[type(found.module)].layouts(found.module, schemes)
+    try:
+        known = _decomposed(layouts, weight)
+    except LinAlgError as error:
+        raise undecomposed(found.name, error) from error
     options: dict[LayerScheme, Option] = {}
     for name, layout in layouts.items():
-        try:
-            errors, spectrum = _decomposed(layout, weight, with_basis=len(layouts) == 1)
-        except LinAlgError as error:
-            raise undecomposed(found.name, error) from error
-        options[name] = Option(layout, errors, importance * errors, torch.finfo(weight.dtype).eps / 2, spectrum)
+        errors = known[name].errors()
+        options[name] = Option(layout, errors, importance * errors, torch.finfo(weight.dtype).eps / 2, known[name])
     return options
 
 
-def _decomposed(layout: Layout, weight: Tensor, *, with_basis: bool) -> tuple[Tensor, Spectrum | None]:
-    if isinstance(layout, TuckerLayout):
-        return tucker_errors(layout.to_tensors(weight)), None
-    spectrum = Spectrum(cast("Matricisation", layout).to_matrices(weight), with_basis=with_basis)
-    return spectrum.errors(), spectrum
+def _decomposed(layouts: Mapping[LayerScheme, Layout], weight: Tensor) -> dict[LayerScheme, Decomposition]:
+    """Decompose a weight in some schemes: with bases where they are needed for planning already, or there is no choice.
+
+    Tucker-2 takes its bases from the schemes ``channel`` and ``input``, where they are planned, too.
+    """
+    known: dict[LayerScheme, Decomposition] = {}
+    bases: dict[LayerScheme, Tensor | None] = {}
+    for scheme, layout in layouts.items():
+        if isinstance(layout, Matricisation):
+            with_basis = len(layouts) == 1 or ("tucker" in layouts and scheme in _TUCKER_SIDES)
+            spectrum = Spectrum(layout.to_matrices(weight), with_basis=with_basis)
+            small_side = "up" if layout.rows <= layout.columns else "down"
+            bases[scheme] = spectrum.basis if _TUCKER_SIDES.get(scheme) == small_side else None
+            known[scheme] = spectrum
+    for scheme, layout in layouts.items():
+        if isinstance(layout, TuckerLayout):
+            known[scheme] = TuckerSpectrum(layout.to_tensors(weight), bases.get("channel"), bases.get("input"))
+    return known
 
 
 def _output_errors(layout: Layout, weight: Tensor, inner: Tensor) -> Tensor:

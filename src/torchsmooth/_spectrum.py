@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 
 # How far, relative to the largest singular value of its group, a weight may be from the one that was decomposed.
 _SAME = 1e-6
+
+
+class Decomposition(Protocol):
+    """What is kept of the decomposition of one weight."""
+
+    def errors(self) -> Tensor:
+        """Return the squared relative error of every rank."""
+
+    def factors(self, matrices: Tensor, rank: Any, /) -> tuple[Tensor, ...]:
+        """Return the factors at a rank, without decomposing again if these are the matrices known here."""
 
 
 class Spectrum:
@@ -36,6 +46,11 @@ class Spectrum:
             self._values, self._basis = values.cpu(), basis.cpu()
         else:
             self._values = singular_values(matrices).cpu()
+
+    @property
+    def basis(self) -> Tensor | None:
+        """The singular vectors of the small side, ``(groups, k, k)``, where they are known."""
+        return self._basis
 
     def errors(self) -> Tensor:
         """Return the squared relative error of every rank, ``(full_rank + 1,)``, one first and zero last."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._linalg import working_copy
+from ._linalg import decompose, working_copy
 
 # Sweeps over the two bases; more have not been seen to gain anything that matters.
 _SWEEPS = 3
@@ -48,31 +48,58 @@ def signed(basis: Tensor) -> Tensor:
     return basis * torch.where(strongest < 0, -1.0, 1.0).to(basis)
 
 
-def _core(tensors: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+def tucker_bases(tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """The bases of the higher-order SVD, strongest first.
+
+    They are those of the small side in the schemes ``channel`` and ``input``, unless that is the other side.
+
+    Args:
+        tensors: ``(groups, out, in, k)``, any floating dtype, finite.
+
+    Returns:
+        Of the outputs ``(groups, out, full_out)`` and of the inputs ``(groups, in, full_in)``, in float64, with
+        ``full_in = min(in, out · k)`` and ``full_out = min(out, in · k)``.
+
+    Source: De Lathauwer, De Moor and Vandewalle, "A multilinear singular value decomposition", 2000.
+    """
+    outer, inner = (_small_side(_unfolded(tensors, axis)) for axis in (1, 2))
+    return outer, inner
+
+
+def _small_side(matrices: Tensor) -> Tensor:
+    rows, columns = matrices.shape[-2:]
+    return decompose(matrices)[1] if rows <= columns else _basis(working_copy(matrices), columns, exact=True)
+
+
+def tucker_core(tensors: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
     """Coordinates ``(groups, r_out, r_in, k)`` in two orthonormal bases."""
     return torch.einsum("goik,goa,gib->gabk", tensors, outer, inner)
 
 
-def tucker_errors(tensors: Tensor) -> Tensor:
-    """Squared relative error of every pair of ranks, with the bases of the higher-order SVD.
+def tucker_energies(tensors: Tensor, bases: tuple[Tensor, Tensor]) -> Tensor:
+    """Squares of the core, ``(full_in, full_out)`` in float64 on the CPU, as shares of their sum.
 
     Args:
         tensors: ``(groups, out, in, k)``, any floating dtype, finite; the groups share one pair of ranks.
+        bases: as of :func:`tucker_bases`.
+    """
+    work, _ = _scaled(tensors)
+    energies = tucker_core(work, *(basis.to(work) for basis in bases)).square().sum((0, 3)).mT.cpu()
+    whole = energies.sum()
+    return energies / whole if whole > 0 else energies
+
+
+def tucker_errors(energies: Tensor) -> Tensor:
+    """Squared relative error of every pair of ranks, with the bases of the higher-order SVD.
+
+    Args:
+        energies: as of :func:`tucker_energies`.
 
     Returns:
-        ``(full_in + 1, full_out + 1)`` in float64 on the CPU, with ``full_in = min(in, out · k)`` and
-        ``full_out = min(out, in · k)``: one where either rank is zero, never increasing along either, zero at full
-        ranks. All zero for a zero weight.
-
-    Source: De Lathauwer, De Moor and Vandewalle, "A multilinear singular value decomposition", 2000.
+        ``(full_in + 1, full_out + 1)`` in float64 on the CPU: one where either rank is zero, never increasing along
+        either, zero at full ranks. All zero for a zero weight.
     """
-    _, out, inputs, positions = tensors.shape
-    full_in, full_out = min(inputs, out * positions), min(out, inputs * positions)
-    exact = tensors.dtype == torch.float64
-    work, _ = _scaled(tensors)
-    outer = _basis(_unfolded(work, 1), full_out, exact=exact)
-    inner = _basis(_unfolded(work, 2), full_in, exact=exact)
-    energies = _core(work, outer, inner).square().sum((0, 3)).mT.cpu()  # (full_in, full_out)
+    full_in, full_out = energies.shape
     if float(energies.sum()) == 0:
         return energies.new_zeros(full_in + 1, full_out + 1)
     # Only sums of what is missing, from the small end: a difference of two large energies would lose small tails.
@@ -92,12 +119,15 @@ def monotone(errors: Tensor) -> Tensor:
     return errors.cummin(0).values.cummin(1).values
 
 
-def tucker_factors(tensors: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def tucker_factors(
+    tensors: Tensor, ranks: tuple[int, int], bases: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate tensors at a pair of ranks: never worse than the truncated higher-order SVD, a little better.
 
     Args:
         tensors: ``(groups, out, in, k)``, any floating dtype, finite.
-        ranks: ``(r_in, r_out)``, each 1 … the size of its axis.
+        ranks: ``(r_in, r_out)``, each 1 … the full rank of its side.
+        bases: what :func:`tucker_bases` returned for these tensors, where that is known.
 
     Returns:
         ``up`` ``(groups, out, r_out)`` and ``down`` ``(groups, r_in, in)``, with orthonormal columns and rows, and the
@@ -110,15 +140,15 @@ def tucker_factors(tensors: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Ten
     r_in, r_out = ranks
     exact = tensors.dtype == torch.float64
     work, power = _scaled(tensors)
-    outer = _basis(_unfolded(work, 1), r_out, exact=exact)
-    inner = _basis(_unfolded(work, 2), r_in, exact=exact)
-    core = _core(work, outer, inner)
+    whole_outer, whole_inner = tucker_bases(tensors) if bases is None else bases
+    outer, inner = signed(whole_outer[..., :r_out].to(work)), signed(whole_inner[..., :r_in].to(work))
+    core = tucker_core(work, outer, inner)
     if r_in < work.shape[2] or r_out < work.shape[1]:
         for _ in range(_SWEEPS):
             newer = _basis(torch.einsum("goik,gib->gobk", work, inner).flatten(2), r_out, exact=exact)
             projected = torch.einsum("goik,goa->giak", work, newer).flatten(2)
             newest = _basis(projected, r_in, exact=exact)
-            candidate = _core(work, newer, newest)
+            candidate = tucker_core(work, newer, newest)
             better = candidate.square().sum((1, 2, 3)) > core.square().sum((1, 2, 3))
             if not bool(better.any()):
                 break

@@ -20,7 +20,7 @@ from .layer_plan import LayerPlan
 from .plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -41,7 +41,7 @@ _FILTERED = "left out by filter_fn"
 class Request:
     """What was asked for, checked."""
 
-    scheme: SchemeOption
+    schemes: tuple[SchemeOption, ...]
     form: FormOption
     allocation: Allocation
     target: Target
@@ -55,7 +55,7 @@ class Request:
     def of(
         cls,
         *,
-        scheme: SchemeOption,
+        scheme: SchemeOption | Sequence[SchemeOption],
         form: FormOption,
         allocation: Allocation,
         target: Target,
@@ -66,7 +66,9 @@ class Request:
         calibration: Any,
     ) -> Request:
         """Check what a user asks for."""
-        check_choice(scheme, "scheme", SCHEME_OPTIONS)
+        schemes = (scheme,) if isinstance(scheme, str) else _listed(scheme)
+        for one in schemes:
+            check_choice(one, "scheme", SCHEME_OPTIONS)
         check_choice(form, "form", get_args(FormOption))
         check_choice(allocation, "allocation", get_args(Allocation))
         check_choice(target, "target", TARGETS)
@@ -76,7 +78,7 @@ class Request:
             raise TypeError(f"progress must be True, False or None, got {describe(progress)}.")
         inputs = needed_inputs(target, example_inputs)
         kept = Calibration.of(calibration, progress)
-        return cls(scheme, form, allocation, target, inputs, multiple, filter_fn, progress, kept)
+        return cls(schemes, form, allocation, target, inputs, multiple, filter_fn, progress, kept)
 
 
 class Workpiece:
@@ -219,6 +221,12 @@ class Workpiece:
         )
 
 
+def _listed(scheme: Any) -> tuple[Any, ...]:
+    if isinstance(scheme, (list, tuple)) and scheme:
+        return tuple(scheme)
+    raise TypeError(f"scheme must be a name or a sequence of names, got {describe(scheme)}.")
+
+
 def _unless_filtered(found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None) -> FoundLayer:
     if not found.reason and filter_fn is not None and not filter_fn(found.module, found.name):
         return FoundLayer(found.name, found.module, _FILTERED)
@@ -233,7 +241,7 @@ def _layer_plan(found: FoundLayer, request: Request, importance: float) -> Layer
         plan = LayerPlan(found.name, kind, tuple(weights[0].shape) if weights else (), {}, found.reason, forms=forms)
         plan.parameters_before = sum(one.numel() for one in weights)
         return plan
-    options = options_of(found, request.scheme, importance)
+    options = options_of(found, request.schemes, importance)
     return LayerPlan(found.name, kind, tuple(weight_of(module).shape), options, forms=forms)
 
 

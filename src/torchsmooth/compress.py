@@ -15,7 +15,7 @@ from ._swap import swap_, take_over_
 from .planning import plan_compression
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from ._targets import Target
     from ._workpiece import Allocation, FormOption, SchemeOption
@@ -29,7 +29,7 @@ def svd_compress_(
     ratio: float | None = None,
     *,
     max_error: float | None = None,
-    scheme: SchemeOption = "auto",
+    scheme: SchemeOption | Sequence[SchemeOption] = "auto",
     form: FormOption = "auto",
     allocation: Allocation = "budget",
     target: Target = "params",
@@ -50,7 +50,8 @@ def svd_compress_(
         ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
-        scheme: ``"auto"`` (the best for each layer), ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``.
+        scheme: ``"auto"`` (the best for each layer), ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``, or a
+            sequence of those to choose from.
         form: ``"auto"`` (the better for each layer), ``"factored"`` or ``"pivoted"`` (fewer parameters at equal rank).
         allocation: ``"budget"`` (least total error within the ratio) or ``"uniform"`` (each layer keeps the same
             fraction of its own cost).

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ._matricise import Form, LayerScheme
     from ._prices import Prices
-    from ._spectrum import Spectrum
+    from ._spectrum import Decomposition
     from ._tucker_layout import Layout, Rank
 
 __all__ = ["LayerPlan", "Option"]
@@ -53,7 +53,7 @@ class Option:
     errors: Tensor
     losses: Tensor
     roundoff: float = 0.0
-    spectrum: Spectrum | None = None
+    spectrum: Decomposition | None = None
 
     def rounded(self, what: Literal["errors", "losses"], form: Form) -> Tensor:
         """Return errors or losses with what casting the factors of a form adds, relative to those of rank zero."""

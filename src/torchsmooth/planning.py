@@ -12,7 +12,7 @@ from ._targets import WORDS
 from ._workpiece import Request, Workpiece
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -30,7 +30,7 @@ def plan_compression(
     ratio: float | None = None,
     *,
     max_error: float | None = None,
-    scheme: SchemeOption = "auto",
+    scheme: SchemeOption | Sequence[SchemeOption] = "auto",
     form: FormOption = "auto",
     allocation: Allocation = "budget",
     target: Target = "params",
@@ -53,8 +53,9 @@ def plan_compression(
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
         scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), ``"tucker"`` (three
-            layers, with a pair of ranks), or ``"auto"``: the best of all for each layer. Linear layers and 1×1
-            convolutions have only one.
+            layers, with a pair of ranks), or ``"auto"``: the best of all for each layer. A sequence, such as
+            ``("channel", "spatial")``, leaves the choice among its members. Linear layers and 1×1 convolutions have
+            only one.
         form: ``"factored"``, two whole factors; ``"pivoted"``, which saves rank × rank of their entries; or
             ``"auto"``: the better of the two for each layer.
         allocation: ``"budget"`` as above, or ``"uniform"``: each layer keeps the same fraction of its own cost.
@@ -128,7 +129,7 @@ def sweep(
     model: nn.Module,
     ratios: Iterable[float],
     *,
-    scheme: SchemeOption = "auto",
+    scheme: SchemeOption | Sequence[SchemeOption] = "auto",
     form: FormOption = "auto",
     allocation: Allocation = "budget",
     target: Target = "params",
@@ -147,7 +148,7 @@ def sweep(
     Args:
         model: as for :func:`torchsmooth.plan_compression`, like everything else.
         ratios: fractions to remove, each strictly between 0 and 1.
-        scheme: ``"auto"``, ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``.
+        scheme: ``"auto"``, ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``, or a sequence of those.
         form: ``"auto"``, ``"factored"`` or ``"pivoted"``.
         allocation: ``"budget"`` or ``"uniform"``.
         target: ``"params"``, ``"macs"`` or ``"latency"``.

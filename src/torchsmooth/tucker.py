@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._matricise import Form
-    from ._spectrum import Spectrum
+    from ._spectrum import Decomposition
     from .lowrank import PaddingMode
 
 __all__ = ["TuckerConv2d"]
@@ -255,9 +255,10 @@ class TuckerConv2d(LowRankLayer):
         """Multiply factors out to a weight."""
         return self.layout.to_weight(tucker_product(*factors))
 
-    def truncate_(self, weight: Tensor, spectrum: Spectrum | None = None) -> None:  # noqa: ARG002 - needs the weight
+    def truncate_(self, weight: Tensor, spectrum: Decomposition | None = None) -> None:
         """Set the factors to the refined higher-order SVD of a weight."""
-        self.set_factors_(*tucker_factors(self.layout.to_tensors(weight.detach()), self.rank))
+        known = tucker_factors if spectrum is None else spectrum.factors
+        self.set_factors_(*known(self.layout.to_tensors(weight.detach()), self.rank))
 
     def fit_(self, target: Tensor, inner: Tensor) -> None:
         """Set the factors to those that fit a weight in the sense of a moment: optimal for the ``down`` that is found.
