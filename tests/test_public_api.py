@@ -215,6 +215,8 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_whitening",
         "_tucker",
         "_tucker_layout",
+        "_tucker_spectrum",
+        "_geometry",
         "tucker",
         "_norms",
         "_calibration",

@@ -11,12 +11,13 @@ whole channels, ``up`` itself is such a module instead of a plain one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ._checks import check_choice, check_values, describe
+from ._checks import check_choice, check_values
+from ._geometry import HasGeometry, geometry_of, spelled_out
 from ._lowrank_layer import TwoFactorLayer, check_rank, check_source, inherit, merged, uninitialised
 from ._matricise import SCHEMES, Form, Scheme, distinct_schemes, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, PivotedConv2d
@@ -24,7 +25,7 @@ from ._pivoted_modules import ChannelMerge, ChannelSplit, PivotedConv2d
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+    from ._geometry import PaddingMode
 
 __all__ = ["LowRankConv2d", "LowRankLinear"]
 
@@ -159,7 +160,7 @@ class LowRankLinear(TwoFactorLayer):
         )
 
 
-class LowRankConv2d(TwoFactorLayer):
+class LowRankConv2d(TwoFactorLayer, HasGeometry):
     """A convolution with a weight of rank r (in each group), in one of the schemes of the matricisation.
 
     ``channel``: a full kernel to ``rank`` channels, then 1×1. ``input``: 1×1, then the full kernel. ``spatial``: kh×1,
@@ -234,24 +235,11 @@ class LowRankConv2d(TwoFactorLayer):
         form: Form = "factored",
     ) -> None:
         super().__init__()
-        # torch's own class checks the arguments and spells them out as pairs; on meta it costs nothing.
-        dense = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,  # type: ignore[arg-type]
-            stride,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
-            dilation,  # type: ignore[arg-type]
-            groups,
-            bias=False,
-            padding_mode=padding_mode,
-            device="meta",
-        )
-        if len(dense.kernel_size) != 2:  # noqa: PLR2004 - height and width
-            raise ValueError(f"kernel_size must be a number or a pair, got {describe(kernel_size)}.")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
-        self.padding, self.padding_mode = dense.padding, padding_mode
+        dense = spelled_out(
+            in_channels, out_channels, kernel_size,
+            stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        self._take_geometry_(dense)
         check_choice(scheme, "scheme", SCHEMES)
         self.scheme = distinct_schemes(self.kernel_size)[scheme]
         self.matricisation = matricise(dense.weight.shape, self.scheme, groups)
@@ -366,9 +354,3 @@ class LowRankConv2d(TwoFactorLayer):
             value = getattr(self, name)
             text += f", {name}={value}" if value != default else ""
         return f"{text}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}{self._form_repr()}"
-
-
-def geometry_of(conv: Any) -> dict[str, Any]:
-    """Return what says how a kernel moves over the input, dense or low-rank."""
-    names = ("stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(conv, name) for name in names}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_values, describe
+from ._checks import check_choice, check_values
+from ._geometry import HasGeometry, geometry_of, spelled_out
 from ._lowrank_layer import LowRankLayer, check_source, finite_copies, inherit, merged, uninitialised
 from ._matricise import FORMS, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, Ordered
@@ -20,19 +21,19 @@ from ._pivoting import pivoted_rows, with_identity
 from ._tucker import signed, tucker_balanced, tucker_factors, tucker_product
 from ._tucker_layout import TuckerLayout
 from ._whitening import first_factor, second_factor
-from .lowrank import LowRankConv2d, geometry_of
+from .lowrank import LowRankConv2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._geometry import PaddingMode
     from ._matricise import Form
     from ._spectrum import Decomposition
-    from .lowrank import PaddingMode
 
 __all__ = ["TuckerConv2d"]
 
 
-class TuckerConv2d(LowRankLayer):
+class TuckerConv2d(LowRankLayer, HasGeometry):
     r"""A convolution in three, Tucker-2: ``up(core(down(x)))``, of ranks (r_in, r_out) in each group.
 
     Args:
@@ -101,21 +102,10 @@ class TuckerConv2d(LowRankLayer):
         form: Form = "factored",
     ) -> None:
         super().__init__()
-        # torch's own class checks the arguments and spells them out as pairs; on meta it costs nothing.
-        dense = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,  # type: ignore[arg-type]
-            stride,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
-            dilation,  # type: ignore[arg-type]
-            groups,
-            bias=False,
-            padding_mode=padding_mode,
-            device="meta",
-        )
-        if len(dense.kernel_size) != 2:  # noqa: PLR2004 - height and width
-            raise ValueError(f"kernel_size must be a number or a pair, got {describe(kernel_size)}.")
+        dense = spelled_out(
+            in_channels, out_channels, kernel_size,
+            stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
         check_choice(form, "form", FORMS)
         layout = TuckerLayout.of(dense.weight.shape, groups)
         if layout is None:
@@ -123,9 +113,7 @@ class TuckerConv2d(LowRankLayer):
                 "scheme 'tucker' needs a kernel larger than 1×1 and at least two input and output channels in each "
                 f"group, got a weight of shape {tuple(dense.weight.shape)} with {groups} groups: use LowRankConv2d."
             )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
-        self.padding, self.padding_mode = dense.padding, padding_mode
+        self._take_geometry_(dense)
         self.layout, self.form = layout, form
         self.rank = r_in, r_out = layout.checked(rank, "rank", "tucker", form)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
