@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.networks import Shared, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, randn
-from torchsmooth import LowRankConv2d, LowRankLinear, plan_compression, svd_compress_, sweep
+from torchsmooth import CompressionPlan, LowRankConv2d, LowRankLinear, plan_compression, svd_compress_, sweep
 from torchsmooth._apply import replacements_for
 from torchsmooth._latency import compare_times
 from torchsmooth._running import as_inputs
@@ -80,6 +80,31 @@ def test_choices_follow_the_times(clock):
     clock(slow_unless_input)
     plan = plan_compression(small_resnet(), 0.5, target="latency", example_inputs=IMAGES)
     assert {layer.scheme for layer in plan if layer.rank} == {"input"}
+
+
+def test_layers_without_a_rank_to_try_are_passed_over(clock):
+    clock(stored)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1))
+    images = torch.zeros(1, 16, 6, 6)
+    for multiple in (1, 8):
+        plan = plan_compression(model, 0.05, target="latency", example_inputs=images, rank_multiple=multiple)
+        assert plan["0"].rank
+        assert CompressionPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_layer_that_is_never_reached_is_written_and_read(clock):
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+
+        def forward(self, images):
+            return self.used(images)
+
+    clock(stored)
+    plan = plan_compression(Partly(), 0.2, target="latency", example_inputs=torch.zeros(1, 16, 9, 9))
+    assert plan["spare"].rank is None
+    assert CompressionPlan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize("allocation", ["budget", "uniform"])

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, randn, seeds
 from torchsmooth import plan_compression
+from torchsmooth._tucker_layout import no_more
 
 RATIOS = st.floats(0.05, 0.85)
 
@@ -31,8 +32,10 @@ def next_triples(plan):
             layout, rank = layer.options[layer.scheme].matricisation, layer.rank
             pairs = isinstance(rank, tuple)
             wider = [(rank[0] + 1, rank[1]), (rank[0], rank[1] + 1)] if pairs else [rank + 1]
-            all_ranks = {tuple(one) if pairs else one for one in layout.ranks(layer.form).tolist()}
-            larger = [layout.parameters(more, layer.form) for more in wider if more in all_ranks]
+            losses = layer.options[layer.scheme].losses
+            fitting = [more for more in wider if no_more(more, layout.largest_rank(layer.form))]
+            useful = [more for more in fitting if losses[more] < losses[rank]]
+            larger = [layout.parameters(more, layer.form) for more in useful]
             costs.append(min([*larger, layer.parameters_before]) - layer.parameters_after)
     return costs
 
@@ -334,7 +337,7 @@ def test_some_of_the_schemes_can_be_asked_for(scheme, allowed):
 @pytest.mark.parametrize(
     ("scheme", "error", "message"),
     [
-        ((), TypeError, r"scheme must be a name or a sequence of names, got tuple \(\)"),
+        ((), ValueError, "scheme is an empty tuple: name at least one of"),
         (None, TypeError, "scheme must be a name or a sequence of names, got None"),
         (("channel", "row"), ValueError, "scheme must be one of 'auto', .*'tucker'; got str 'row'"),
         (("channel", 3), ValueError, "scheme must be one of 'auto', .*'tucker'; got int 3"),

@@ -102,6 +102,36 @@ def test_factors_are_the_same_every_time_and_of_fixed_signs():
         assert (basis.gather(-2, basis.abs().argmax(-2, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e8, 1e-9])
+def test_factors_of_any_scale_are_stored_evenly(dtype, scale):
+    conv = nn.Conv2d(8, 12, 3).to(dtype)
+    layer = TuckerConv2d.from_conv2d(conv, (6, 8))
+    before = layer.weight.detach().clone()
+    up, core, down = (one.double() for one in layer.factors())
+    layer.set_factors_(up * scale, core / scale, down)
+    assert relative(layer.weight, before) <= TOLERANCE[dtype]
+    layer.set_factors_(up, core / scale, down * scale)
+    assert relative(layer.weight, before) <= TOLERANCE[dtype]
+
+
+def test_a_convolution_with_many_outputs_takes_no_large_decomposition(monkeypatch):
+    def no_larger(solve):
+        def checked(matrix, *args, **kwargs):
+            assert min(matrix.shape[-2:]) <= 64
+            return solve(matrix, *args, **kwargs)
+
+        return checked
+
+    for name in ("eigh", "svd"):
+        monkeypatch.setattr(torch.linalg, name, no_larger(getattr(torch.linalg, name)))
+    conv = nn.Conv2d(3, 500, 3)
+    for dtype in (torch.float32, torch.float64):
+        layer = TuckerConv2d.from_conv2d(conv.to(dtype), (3, 27))
+        assert relative(layer.weight, conv.weight) <= TOLERANCE[dtype]
+        TuckerConv2d.from_conv2d(conv, (2, 4))
+
+
 def usable(conv, form):
     return TuckerLayout.of(conv.weight.shape, conv.groups).largest_rank(form)
 

@@ -46,7 +46,8 @@ def replacements_for(
     Args:
         layers: those of the plan.
         model: the model planned for, or a copy of it with weights of its own.
-        calibration: batches to fit the factors to; without, they are truncated SVDs of the weights.
+        calibration: batches to fit the factors to; without, they are truncated SVDs of the weights, in scheme
+            ``"tucker"`` refined higher-order ones.
 
     Raises:
         ValueError: if the plan does not fit the model, or a weight cannot be decomposed.
@@ -104,7 +105,7 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
 
 
 def _truncate_(replacement: LowRankLayer, layer: LayerPlan, choice: Choice, module: nn.Module) -> None:
-    """Set the factors to the truncated SVD of the weight, decomposed already where the plan was just made."""
+    """Set the factors to the truncation of the weight, decomposed already where the plan was just made."""
     try:
         replacement.truncate_(weight_of(module).detach(), layer.options[choice.scheme].spectrum)
     except LinAlgError as error:

@@ -51,3 +51,10 @@ class HasGeometry:
     def _take_geometry_(self, dense: nn.Conv2d) -> None:
         for name in ("in_channels", "out_channels", "kernel_size", *_NAMES):
             setattr(self, name, getattr(dense, name))
+
+    def _geometry_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            value = getattr(self, name)
+            text += f", {name}={value}" if value != default else ""
+        return text

@@ -72,7 +72,7 @@ class LayerKind:
     Attributes:
         shape: the shape that a layer's weight has by its attributes.
         groups: number of groups of a layer.
-        factorise: ``(layer, rank, scheme, form)`` to a low-rank layer holding the truncated SVD.
+        factorise: ``(layer, rank, scheme, form)`` to a low-rank layer holding the truncated weight.
         like: ``(layer, rank, scheme, form)`` to a low-rank layer whose factors are still to be filled in.
     """
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from ._budget import Frontier
-from ._matricise import FORMS, LAYER_SCHEMES, distinct_schemes, matricise
+from ._matricise import FORMS, distinct_schemes, matricise
 from ._prices import MacPrices, ParameterPrices, Positions, TimePrices
 from ._targets import TARGETS
 from ._tucker import monotone
-from ._tucker_layout import TuckerLayout
+from ._tucker_layout import TuckerLayout, no_more
 from .layer_plan import LayerPlan, Option
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _FORMAT, _VERSION = "torchsmooth plan", 1
 _LARGEST = 2**63 - 1
+_MOST_PAIRS = 2**28
 
 
 def to_text(layers: Sequence[LayerPlan], others: Mapping[str, Any]) -> str:
@@ -74,7 +75,8 @@ def _errors_content(layer: LayerPlan, scheme: LayerScheme, option: Option) -> li
             errors = [_short(error) for error in option.errors[ranks.unbind(1)].tolist()]
             useful = Frontier.of(costs, torch.tensor(errors, dtype=torch.float64, device="cpu")).labels
             pairs.update((r_in, r_out) for r_in, r_out in ranks[useful].tolist())
-    return [[*pair, _short(float(option.errors[pair]))] for pair in sorted(pairs)]
+    # The first says whether there is anything to lose: of a zero weight all errors are zero.
+    return [[*pair, _short(float(option.errors[pair]))] for pair in [(0, 0), *sorted(pairs)]]
 
 
 def _short(number: float) -> float:
@@ -175,7 +177,7 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
             _refuse(
                 f"{fields.where}parameters_before", f"{math.prod(shape)}, as the shape has", layer.parameters_before
             )
-        layer.prices = _prices(fields, target, layer.parameters_before)
+        layer.prices = _prices(fields, target, layer.parameters_before, options)
     _choose(layer, fields)
     return layer
 
@@ -200,7 +202,7 @@ def _choose(layer: LayerPlan, fields: _Fields) -> None:
     most = layout.largest_rank(form)
     if isinstance(layout, TuckerLayout):
         pair = _pair(fields.get("rank"), f"{fields.where}rank")
-        if pair[0] > most[0] or pair[1] > most[1]:
+        if not no_more(pair, most):
             _refuse(f"{fields.where}rank", f"a pair of at most {list(most)} in form {form!r}", list(pair))
         layer.choose(scheme, pair, form)
         return
@@ -213,27 +215,31 @@ def _choose(layer: LayerPlan, fields: _Fields) -> None:
 def _pair_errors(errors: _Fields, layout: TuckerLayout) -> Tensor:
     """Read errors of pairs of ranks; of pairs that are not listed, that of the best listed one that is no larger."""
     full_in, full_out = layout.full_rank
+    if (full_in + 1) * (full_out + 1) > _MOST_PAIRS:
+        _refuse(f"{errors.where}tucker", f"left out of a layer of more than {_MOST_PAIRS:,} pairs of ranks", "one")
     table = torch.ones(full_in + 1, full_out + 1, dtype=torch.float64, device="cpu")
+    empty = False
     for index, row in enumerate(errors.items("tucker")):
         where = f"{errors.where}tucker[{index}]"
         if not isinstance(row, list) or len(row) != 3:  # noqa: PLR2004
             _refuse(where, "a pair of ranks and a squared relative error", row)
-        r_in, r_out = _pair(row[:2], where)
+        r_in, r_out = _pair(row[:2], where, least=0)
         error = _number(row[2], where)
+        empty |= r_in == r_out == error == 0
         if r_in > full_in or r_out > full_out or error > 1:
             _refuse(where, f"ranks of at most {full_in} and {full_out}, and a squared relative error of at most 1", row)
         table[r_in, r_out] = error
-    return monotone(table)
+    return torch.zeros_like(table) if empty else monotone(table)
 
 
 def _rank(value: object, where: str, scheme: str) -> Rank:
     return _pair(value, where) if scheme == "tucker" else _count(value, where, 1)
 
 
-def _pair(value: object, where: str) -> tuple[int, int]:
+def _pair(value: object, where: str, least: int = 1) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2:  # noqa: PLR2004
         _refuse(where, "a pair of ranks", value)
-    return _count(value[0], where, 1), _count(value[1], where, 1)
+    return _count(value[0], where, least), _count(value[1], where, least)
 
 
 def _errors(errors: _Fields, scheme: str, layout: Layout) -> Tensor:
@@ -246,7 +252,7 @@ def _errors(errors: _Fields, scheme: str, layout: Layout) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
-def _prices(fields: _Fields, target: str, entries: int) -> Prices:
+def _prices(fields: _Fields, target: str, entries: int, options: Mapping[LayerScheme, Option]) -> Prices:
     if target == "params":
         fields.nothing("prices")
         return ParameterPrices(entries)
@@ -259,10 +265,13 @@ def _prices(fields: _Fields, target: str, entries: int) -> Prices:
     times: dict[tuple[LayerScheme, Form], dict[Rank, int]] = {}
     for index, row in enumerate(prices.items("times")):
         where = f"{prices.where}times[{index}]"
-        if not isinstance(row, list) or len(row) != 4 or row[0] not in LAYER_SCHEMES or row[1] not in FORMS:  # noqa: PLR2004
-            _refuse(where, "a scheme, a form, a rank and nanoseconds", row)
-        scheme, form, rank, time = row
-        times.setdefault((scheme, form), {})[_rank(rank, where, scheme)] = _count(time, where, 0)
+        if not isinstance(row, list) or len(row) != 4 or row[0] not in tuple(options) or row[1] not in FORMS:  # noqa: PLR2004
+            _refuse(where, "a scheme that has errors, a form, a rank and nanoseconds", row)
+        scheme, form, given, time = row
+        rank, most = _rank(given, where, scheme), options[scheme].matricisation.largest_rank(form)
+        if not no_more(rank, most):
+            _refuse(where, f"of a rank of at most {most} in form {form!r}", given)
+        times.setdefault((scheme, form), {})[rank] = _count(time, where, 0)
     return TimePrices(prices.count("dense"), times)
 
 

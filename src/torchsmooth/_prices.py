@@ -122,7 +122,8 @@ class TimePrices:
         ranks = torch.tensor([rank for rank, _ in times], dtype=torch.int64, device="cpu")
         ranks = ranks.reshape(-1, *layout.ranks(form).shape[1:])
         costs = torch.tensor([cost for _, cost in times], dtype=torch.int64, device="cpu")
-        wanted = (ranks % multiple == 0).reshape(len(ranks), -1).all(1)
+        fitting = ranks % multiple == 0
+        wanted = fitting if fitting.dim() == 1 else fitting.all(1)
         return ranks[wanted], costs[wanted]
 
     def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:  # noqa: ARG002

@@ -35,8 +35,9 @@ def _unfolded(tensors: Tensor, axis: int) -> Tensor:
 
 def _basis(matrices: Tensor, rank: int, *, exact: bool) -> Tensor:
     """The leading left singular vectors, ``(groups, m, rank)``; ``exact`` where squaring would lose digits."""
-    if exact:
-        wanted = torch.linalg.svd(matrices, full_matrices=matrices.shape[-2] > matrices.shape[-1]).U
+    rows, columns = matrices.shape[-2:]
+    if exact or rank <= columns < rows:  # of a tall matrix, the Gram matrix would be the larger one
+        wanted = torch.linalg.svd(matrices, full_matrices=rank > columns).U
     else:
         wanted = torch.linalg.eigh(matrices @ matrices.mT).eigenvectors.flip(-1)
     return signed(wanted[..., :rank])
@@ -166,12 +167,19 @@ def tucker_product(up: Tensor, core: Tensor, down: Tensor) -> Tensor:
 
 def tucker_balanced(up: Tensor, core: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Share the size of each term between the factors, a third each, to powers of two: nothing is rounded."""
-    outer = _thirds(core.square().sum((2, 3)))
-    inner = _thirds(core.square().sum((1, 3)))
+    columns, rows = _power(torch.linalg.vector_norm(up, dim=-2)), _power(torch.linalg.vector_norm(down, dim=-1))
+    up, core, down = (
+        up / columns.unsqueeze(-2),
+        core * columns[:, :, None, None] * rows[:, None, :, None],
+        down / rows.unsqueeze(-1),
+    )
+    outer = _power(core.square().sum((2, 3)), 1 / 6)
+    inner = _power(core.square().sum((1, 3)), 1 / 6)
     shared = core / outer[:, :, None, None] / inner[:, None, :, None]
     return up * outer.unsqueeze(-2), shared, down * inner.unsqueeze(-1)
 
 
-def _thirds(squares: Tensor) -> Tensor:
-    power = (squares.log2() / 6).round()
+def _power(sizes: Tensor, exponent: float = 1.0) -> Tensor:
+    """The power of two next to ``sizes ** exponent``; one where that is zero or infinite."""
+    power = (sizes.log2() * exponent).round()
     return torch.where(power.isfinite(), power, torch.zeros_like(power)).exp2()

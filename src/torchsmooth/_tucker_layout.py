@@ -132,22 +132,21 @@ class TuckerLayout:
         outputs = self.out_channels - (r_out if form == "pivoted" else 0)
         return self.groups * r_in * inputs, self.groups * r_out * (self.positions * r_in + outputs)
 
-    def ranks(self, form: Form, multiple: int = 1, side: int = _SIDE) -> Tensor:
-        """The pairs to choose from, ``(n, 2)`` int64: at most ``side`` ranks on each, all multiples of a number.
+    def ranks(self, form: Form, multiple: int = 1) -> Tensor:
+        """The pairs to choose from, ``(n, 2)`` int64: at most 64 ranks on each side, all multiples of a number.
 
         Pairs in which one rank is more than the other can use are left out.
         """
         r_in, r_out = (
-            torch.tensor(_few(most, multiple, side), dtype=torch.int64, device="cpu")
-            for most in self.largest_rank(form)
+            torch.tensor(_few(most, multiple), dtype=torch.int64, device="cpu") for most in self.largest_rank(form)
         )
         pairs = torch.cartesian_prod(r_in, r_out).reshape(-1, 2)
         first, second = pairs.unbind(1)
         return pairs[(first <= self.positions * second) & (second <= self.positions * first)]
 
     def inner_ranks(self) -> list[int]:
-        """The ranks to choose from on the input side, ascending."""
-        return _few(self.full_rank[0], 1, _SIDE)
+        """Some ranks on the input side, ascending: all, up to 64."""
+        return _few(self.full_rank[0], 1)
 
     def amplification(self, form: Form) -> Tensor:
         """What the form multiplies the squared error of rounding with, for every pair of ranks."""
@@ -194,12 +193,15 @@ class TuckerLayout:
         else:
             first = second = rank
         most = self.largest_rank(form)
-        why = f"the full rank of scheme {scheme!r} on that side"
-        if form == "pivoted":
-            why = "one less than the channels on that side, at which form 'pivoted' has nothing to leave out"
+        in_why, out_why = (
+            f"the full rank of scheme {scheme!r} on that side"
+            if largest == full
+            else "one less than the channels on that side, at which form 'pivoted' has nothing to leave out"
+            for largest, full in zip(most, self.full_rank, strict=True)
+        )
         return (
-            check_count(first, f"{name} (r_in)", most[0], why),
-            check_count(second, f"{name} (r_out)", most[1], why),
+            check_count(first, f"{name} (r_in)", most[0], in_why),
+            check_count(second, f"{name} (r_out)", most[1], out_why),
         )
 
 
@@ -208,18 +210,23 @@ def as_rank(entry: Any) -> Rank:
     return entry if isinstance(entry, int) else (entry[0], entry[1])
 
 
+def no_more(rank: Rank, most: Rank) -> bool:
+    """Tell whether a rank, or each of a pair, is at most another."""
+    ours, theirs = ((one,) if isinstance(one, int) else one for one in (rank, most))
+    return all(one <= largest for one, largest in zip(ours, theirs, strict=True))
+
+
 def _sides(rank: Any) -> tuple[Any, Any]:
     first, second = rank.unbind(-1) if isinstance(rank, torch.Tensor) else rank
     return first, second
 
 
-def _few(most: int, multiple: int, side: int) -> list[int]:
-    """Choose at most ``side`` multiples of a number: the small ones, then in about equal proportions up to the end."""
+def _few(most: int, multiple: int) -> list[int]:
+    """Choose at most 64 multiples of a number: the small ones, then in about equal proportions up to the end."""
     all_of_them = list(range(multiple, most + 1, multiple))
-    if len(all_of_them) <= side:
+    if len(all_of_them) <= _SIDE:
         return all_of_them
-    small = min(_SMALL, side // 2)
-    steps = side - small
-    ratio = (len(all_of_them) / small) ** (1 / steps)
-    places = {round(small * ratio**step) for step in range(1, steps + 1)}
-    return all_of_them[:small] + [all_of_them[place - 1] for place in sorted(places) if place > small]
+    steps = _SIDE - _SMALL
+    ratio = (len(all_of_them) / _SMALL) ** (1 / steps)
+    places = {round(_SMALL * ratio**step) for step in range(1, steps + 1)}
+    return all_of_them[:_SMALL] + [all_of_them[place - 1] for place in sorted(places) if place > _SMALL]

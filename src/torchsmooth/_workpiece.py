@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ._budget import uniformly, within_budget, within_error
 from ._calibration import Calibration, grouped_weight
 from ._checks import check_choice, check_count, check_filter, check_values, describe
+from ._fine_ranks import raise_pairs
 from ._layers import SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
 from ._matricise import FORMS
 from ._objective import importances
@@ -152,6 +153,9 @@ class Workpiece:
             else:
                 within = WORDS[request.target].budget_reason
                 layer.reason = within if max_error is None else "no smaller rank is within max_error"
+        if max_error is None and request.allocation == "budget":
+            saved = sum(one.prices.dense - (one.cost_after or 0) for one in candidates)
+            raise_pairs(candidates, self._allowed(ratio or 0.0) - (self.cost - saved), request.multiple)
         plan = CompressionPlan(
             tuple(layers),
             self.parameters,
@@ -169,10 +173,14 @@ class Workpiece:
     ) -> list[int]:
         fixed = self.cost - sum(layer.prices.dense for layer in candidates)
         least = fixed + sum(int(one.costs[0]) for one in frontiers)
-        allowed = self.cost - math.ceil(Fraction(str(ratio)) * self.cost)
+        allowed = self._allowed(ratio)
         if allowed < least:
             raise ValueError(self._unreachable(ratio, least, layers))
         return (within_budget if self.request.allocation == "budget" else uniformly)(frontiers, allowed - fixed)
+
+    def _allowed(self, ratio: float) -> int:
+        """Return the exact budget."""
+        return self.cost - math.ceil(Fraction(str(ratio)) * self.cost)
 
     def _unreachable(self, ratio: float, least: int, layers: list[LayerPlan]) -> str:
         request, words, total = self.request, WORDS[self.request.target], self.cost
@@ -222,7 +230,9 @@ class Workpiece:
 
 
 def _listed(scheme: Any) -> tuple[Any, ...]:
-    if isinstance(scheme, (list, tuple)) and scheme:
+    if isinstance(scheme, (list, tuple)):
+        if not scheme:
+            raise ValueError(f"scheme is an empty {type(scheme).__name__}: name at least one of {SCHEME_OPTIONS}.")
         return tuple(scheme)
     raise TypeError(f"scheme must be a name or a sequence of names, got {describe(scheme)}.")
 

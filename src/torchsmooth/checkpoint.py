@@ -90,9 +90,10 @@ def _replacements(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[nn.Mo
         return {}
     if type(model) in KINDS:
         if {"down.weight", "up.weight"} & state_dict.keys():
+            kind_name = "TuckerConv2d" if "core.weight" in state_dict else f"LowRank{type(model).__name__}"
             raise ValueError(
                 f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: build "
-                f"the low-rank layer with LowRank{type(model).__name__}.like and call its load_state_dict."
+                f"the low-rank layer with {kind_name}.like and call its load_state_dict."
             )
         return {}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -148,6 +149,12 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
             for child, ordered in layer.orders().items():
                 _check_order(name, f"{name}.{child}.order", ordered, state_dict)
             return layer
+    points = {shape[2:] for shape in shapes.values()} == {(1, 1)}
+    if points and "core" not in shapes and weight_of(module).shape[2:] != (1, 1):
+        raise ValueError(
+            f"the state dict holds two 1×1 factors for layer {name!r}, whose kernel is larger, but not {core!r}: a "
+            "third of the layer is missing."
+        )
     between = f", {core!r} of shape {shapes['core']}" if "core" in shapes else ""
     raise ValueError(
         f"{keys['down']!r} of shape {down}{between} and {keys['up']!r} of shape {up} are no factors of the weight of "

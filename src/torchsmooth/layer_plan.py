@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from ._budget import Frontier
-from ._checks import check_choice, check_count
+from ._checks import check_choice, check_count, describe
 from ._matricise import FORMS
 from ._prices import ParameterPrices
-from ._tucker_layout import as_rank
+from ._tucker_layout import TuckerLayout, as_rank, no_more
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,11 +118,18 @@ class LayerPlan:
 
     @rank.setter
     def rank(self, rank: Any) -> None:
+        if rank is None:
+            raise TypeError(f"rank of layer {self.name!r} must be an integer, got None: keep_dense() leaves it whole.")
         if self._choice is None:
             scheme = self._best_scheme(rank)
             wanted: Form = "pivoted" if "pivoted" in self.forms else "factored"
         else:  # where it exists, the pivoted form is always the smaller one
             scheme, wanted = self._choice.scheme, self._choice.form
+            if isinstance(rank, (tuple, list)) and scheme != "tucker":
+                raise TypeError(
+                    f"rank of layer {self.name!r} must be an integer in scheme {scheme!r}, got {describe(rank)}"
+                    + (f": use choose('tucker', {rank})." if "tucker" in self.options else ".")
+                )
         layout = self.options[scheme].matricisation
         kept = layout.checked(rank, f"rank of layer {self.name!r}", scheme, "factored")
         self.choose(scheme, kept, self._possible(scheme, kept, wanted))
@@ -145,6 +152,15 @@ class LayerPlan:
             raise ValueError(
                 f"layer {self.name!r} has a pair of ranks, {choice.rank}, of which scheme {scheme!r} has but one: use "
                 "choose(scheme, rank)."
+            )
+        if (
+            isinstance(layout, TuckerLayout)
+            and not isinstance(choice.rank, tuple)
+            and choice.rank > min(layout.full_rank)
+        ):
+            raise ValueError(
+                f"layer {self.name!r} has rank {choice.rank}, more than one of the full ranks {layout.full_rank} of "
+                "scheme 'tucker': use choose(scheme, rank)."
             )
         rank = layout.checked(choice.rank, name, scheme, "factored")
         self.choose(scheme, rank, self._possible(scheme, rank, choice.form))
@@ -250,7 +266,12 @@ class LayerPlan:
     def _best_scheme(self, rank: Any) -> LayerScheme:
         options = self._require_options()
         plain = {name: one for name, one in options.items() if name != "tucker"}
-        if not plain or ("tucker" in options and isinstance(rank, (tuple, list))):
+        if isinstance(rank, (tuple, list)) and "tucker" not in options:
+            raise TypeError(
+                f"rank of layer {self.name!r} must be an integer, got {describe(rank)}: a pair belongs to scheme "
+                "'tucker', which this layer was not planned for."
+            )
+        if not plain or isinstance(rank, (tuple, list)):
             return "tucker"
         most = max(one.matricisation.full_rank for one in plain.values())
         rank = check_count(rank, f"rank of layer {self.name!r}", most, "the full rank; keep_dense() leaves it whole")
@@ -258,9 +279,7 @@ class LayerPlan:
         return min(fitting, key=lambda name: float(fitting[name].errors[rank]))
 
     def _possible(self, scheme: LayerScheme, rank: Rank, form: Form) -> Form:
-        most = self.options[scheme].matricisation.largest_rank(form)
-        pairs = zip(*((one,) if isinstance(one, int) else one for one in (rank, most)), strict=True)
-        return form if all(one <= largest for one, largest in pairs) else "factored"
+        return form if no_more(rank, self.options[scheme].matricisation.largest_rank(form)) else "factored"
 
     def _require_options(self) -> Mapping[LayerScheme, Option]:
         if not self.options:

@@ -349,8 +349,5 @@ class LowRankConv2d(TwoFactorLayer, HasGeometry):
 
     def extra_repr(self) -> str:
         """Show the sizes, as ``nn.Conv2d`` does."""
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
-            value = getattr(self, name)
-            text += f", {name}={value}" if value != default else ""
+        text = self._geometry_repr()
         return f"{text}, rank={self.rank}, scheme={self.scheme}, bias={self.bias is not None}{self._form_repr()}"

@@ -35,10 +35,11 @@ __all__ = ["CompressionPlan"]
 class CompressionPlan:
     """A plan for a whole model; ``print`` shows a table, layers can be edited by name, and files keep it.
 
-    It holds no weights, but what was learnt of them: the error of each rank and, in plans that were just made, the
-    singular vectors of the small side of each weight (at once where there is only one scheme, otherwise when the plan
-    is first applied), which the plans of a sweep share. In float64 on the CPU these are at most twice as large as
-    weights in float32. Pickles and files leave them out.
+    It holds no weights, but what was learnt of them: the error of each rank or pair of ranks and, in plans that were
+    just made, bases: the singular vectors of the small side of each matrix (at once where there is only one scheme and
+    for scheme ``"tucker"``, otherwise when the plan is first applied), which the plans of a sweep share. All that is in
+    float64 on the CPU: a basis is at most twice as large as the weight in float32, the tables of pairs for a kernel of
+    k entries about 6 / k times. Pickles and files leave the bases out.
 
     Two plans are equal if they plan the same: layers of the same names, types and shapes, with the same choices.
 
@@ -168,7 +169,8 @@ class CompressionPlan:
     def from_json(cls, text: str) -> CompressionPlan:
         """Read a plan from JSON.
 
-        The errors come with six significant digits; what was decomposed does not come along, so that applying the plan
+        The errors come with six significant digits, those of pairs of ranks only where no cheaper pair is as good: any
+        other pair shows that of a smaller one. What was decomposed does not come along, so that applying the plan
         decomposes each layer once.
 
         Args:
@@ -276,7 +278,8 @@ class CompressionPlan:
                 multiply-accumulates or to measure time on, before and after, if that is the plan's target. Without them
                 the report has the planned multiply-accumulates, and no times.
             calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`, to fit the factors, the
-                biases and the BatchNorm statistics to; without, the factors are truncated SVDs of the weights.
+                biases and the BatchNorm statistics to; without, the factors are truncated SVDs of the
+                weights, in scheme ``"tucker"`` refined higher-order ones.
             progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
 
         Returns:

@@ -285,7 +285,4 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
 
     def extra_repr(self) -> str:
         """Show the sizes, as ``nn.Conv2d`` does."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"groups={self.groups}, rank={self.rank}, bias={self.bias is not None}{self._form_repr()}"
-        )
+        return f"{self._geometry_repr()}, rank={self.rank}, bias={self.bias is not None}{self._form_repr()}"
