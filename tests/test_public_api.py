@@ -216,6 +216,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_tucker",
         "_tucker_layout",
         "_tucker_spectrum",
+        "_fine_ranks",
         "_geometry",
         "tucker",
         "_norms",
