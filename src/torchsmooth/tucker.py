@@ -142,6 +142,9 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
     def from_conv2d(cls, conv: nn.Conv2d, rank: int | tuple[int, int], form: Form = "factored") -> TuckerConv2d:
         """Factor a convolution by a refined higher-order SVD, each group on its own; the layer itself is not changed.
 
+        The error is at most that of the truncated higher-order SVD, which never grows with either rank. The refinement
+        ends in a local optimum, so on rare occasions a larger rank gains less by it than the smaller one did.
+
         Args:
             conv: weight ``(out, in / groups, kh, kw)`` in float64, float32, bfloat16 or float16.
             rank: ``(r_in, r_out)``, or one number for both; at full ranks the layer is reproduced to rounding.
