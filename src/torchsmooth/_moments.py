@@ -78,6 +78,15 @@ class Moments:
         return float((energy if centred else energy + self.outputs_mean.square()).sum())
 
 
+def check_moments(name: str, *moments: Tensor) -> None:
+    """Refuse moments of a layer that are not finite; the message names the layer."""
+    if not all(bool(one.isfinite().all()) for one in moments):
+        raise ValueError(
+            f"calibration brings NaN or infinite values to layer {name!r}: look at the inputs, and at the layers "
+            "before it."
+        )
+
+
 def drawn_positions(examples: int, positions: int, seed: int) -> Tensor:
     """Draw different positions for each example, ``(examples, at most POSITIONS)``, on the CPU; all, if there are few.
 

@@ -10,6 +10,7 @@ import torch
 from ._layers import KINDS, weight_of
 from ._linalg import LinAlgError, working_copy
 from ._matricise import Matricisation
+from ._moments import check_moments
 from ._spectrum import Spectrum
 from ._tucker_layout import TuckerLayout
 from ._tucker_spectrum import TuckerSpectrum
@@ -68,8 +69,7 @@ def _decomposed(layouts: Mapping[LayerScheme, Layout], weight: Tensor) -> dict[L
             small_side = "up" if layout.rows <= layout.columns else "down"
             bases[scheme] = spectrum.basis if _TUCKER_SIDES.get(scheme) == small_side else None
             known[scheme] = spectrum
-    for scheme, layout in layouts.items():
-        if isinstance(layout, TuckerLayout):
+        elif isinstance(layout, TuckerLayout):  # after the others: in the order of LAYER_SCHEMES it is the last
             known[scheme] = TuckerSpectrum(layout.to_tensors(weight), bases.get("channel"), bases.get("input"))
     return known
 
@@ -95,11 +95,7 @@ def calibrated(
     Raises:
         ValueError: if the moment is not finite or cannot be decomposed; the message names the layer.
     """
-    if not bool(inner.isfinite().all()):
-        raise ValueError(
-            f"calibration brings NaN or infinite values to layer {name!r}: look at the inputs, and at the layers "
-            "before it."
-        )
+    check_moments(name, inner)
     try:
         losses = {
             scheme: _output_errors(one.matricisation, working_copy(weight), inner) for scheme, one in options.items()

@@ -120,7 +120,8 @@ class TimePrices:
         """Return the ranks that were tried and their times."""
         times = sorted(self.times.get((scheme, form), {}).items())
         ranks = torch.tensor([rank for rank, _ in times], dtype=torch.int64, device="cpu")
-        ranks = ranks.reshape(-1, *layout.ranks(form).shape[1:])
+        if isinstance(layout.full_rank, tuple):
+            ranks = ranks.reshape(-1, 2)  # also where there are none
         costs = torch.tensor([cost for _, cost in times], dtype=torch.int64, device="cpu")
         fitting = ranks % multiple == 0
         wanted = fitting if fitting.dim() == 1 else fitting.all(1)

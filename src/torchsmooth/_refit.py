@@ -29,7 +29,7 @@ from ._calibration import (
     width_of,
 )
 from ._linalg import LinAlgError, working_copy
-from ._moments import Moments, input_rows, output_rows
+from ._moments import Moments, check_moments, input_rows, output_rows
 from ._norms import FollowingNorms
 from ._progress import progress
 from ._sharing import Sharing
@@ -153,11 +153,7 @@ def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred
     """Fit the factors of one layer, and return the relative error at its output."""
     weight = working_copy(grouped_weight(dense))
     exact, cross = moments.inner(centred=centred), moments.cross(centred=centred)
-    if not bool(exact.isfinite().all() & cross.isfinite().all()):
-        raise ValueError(
-            f"calibration brings NaN or infinite values to layer {name!r}: look at the inputs, and at the layers "
-            "before it."
-        )
+    check_moments(name, exact, cross)
     # With nothing coming in at all, the plain truncation is left.
     silent = exact.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     target = target_weight(weight, exact, cross, _RIDGE)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._matricise import matricise
-from ._tucker import monotone
+from ._tucker import monotone, signed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,9 +104,7 @@ def first_factor(weight: Tensor, inner: Tensor, layout: Matricisation, rank: int
         vectors = torch.linalg.eigh(whitened.mT @ whitened).eigenvectors.flip(-1)[..., :rank]
         down = vectors.mT @ inverse
     # The sign of an eigenvector is anybody's guess; so that equal input gives equal factors, it is fixed.
-    strongest = down.gather(-1, down.abs().argmax(-1, keepdim=True))
-    signed: Tensor = torch.where(strongest < 0, -down, down)
-    return signed
+    return signed(down.mT).mT
 
 
 def features(down: Tensor, layout: Matricisation) -> Tensor:
@@ -235,7 +233,7 @@ def tucker_output_errors(weight: Tensor, inner: Tensor, layout: TuckerLayout) ->
         return torch.zeros_like(errors)
     moment = torch.zeros_like(weight @ weight.mT)
     done = 0
-    for rank in dict.fromkeys([*layout.inner_ranks(), full_in]):
+    for rank in sorted({*layout.inner_ranks(), full_in}):
         block = explained[:, done:rank].flatten(1, 2)
         moment = moment + block.mT @ block
         values = torch.linalg.eigvalsh(moment).clamp_min(0).flip(-1).sum(0)[:full_out].cpu() / whole
