@@ -14,10 +14,9 @@ from torch import Tensor
 from tests.reference import penalties as reference
 from tests.strategies import HARD_KINDS, hard_matrices, hard_matrix, randn, seeds
 from torchsmooth import functional
-from torchsmooth._linalg import nuclear_norm_and_polar
 
 DERIVATIVES = (functional.first_derivative, functional.second_derivative)
-PENALTIES = (*DERIVATIVES, functional.nuclear_norm)
+PENALTIES = (*DERIVATIVES, functional.nuclear_norm, functional.nuclear_ratio)
 SCHEMES = ("channel", "input", "spatial", "spatial_transposed")
 HALVES = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -310,17 +309,6 @@ def test_second_derivative_of_the_nuclear_norm_raises_through_torch_func():
     gradient = torch.func.grad(functional.nuclear_norm)
     with pytest.raises(RuntimeError):
         torch.func.grad(lambda weight: gradient(weight).square().sum())(randn(4, 3, seed=0))
-
-
-@each_precision
-@given(rows=st.integers(1, 9), columns=st.integers(1, 9), batch=st.integers(1, 3), seed=seeds)
-def test_norm_and_polar_factor_of_a_batch(dtype, rows, columns, batch, seed):
-    matrices = randn(batch, rows, columns, seed=seed, dtype=dtype)
-    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
-    norm, polar = nuclear_norm_and_polar(matrices)
-    assert norm.dtype == polar.dtype == dtype
-    torch.testing.assert_close(norm.double(), values.sum(), rtol=TOLERANCE[dtype], atol=0.0)
-    torch.testing.assert_close(polar.double(), left @ right, rtol=0.0, atol=100 * TOLERANCE[dtype])
 
 
 @each_penalty

@@ -10,15 +10,20 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
+from .adaptive import Constrained
+from .attach import PenaltyHandle, attach_
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
+from .loss import penalty_loss
 from .lowrank import LowRankConv2d, LowRankLinear
-from .penalties import FirstDerivative, NuclearNorm, SecondDerivative
+from .penalties import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative
 from .plan import CompressionPlan
 from .planning import plan_compression, sweep
-from .registry import is_penalized, penalty_loss, register_penalty, remove_penalties, smooth_
+from .rank_tail import RankTail
+from .registry import is_penalized, register_penalty, remove_penalties, smooth_
 from .report import CompressionReport
+from .schedules import StrengthSchedule
 from .tucker import TuckerConv2d
 
 try:
@@ -29,12 +34,18 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "CompressionPlan",
     "CompressionReport",
+    "Constrained",
     "FirstDerivative",
     "LowRankConv2d",
     "LowRankLinear",
     "NuclearNorm",
+    "NuclearRatio",
+    "PenaltyHandle",
+    "RankTail",
     "SecondDerivative",
+    "StrengthSchedule",
     "TuckerConv2d",
+    "attach_",
     "functional",
     "is_penalized",
     "load_compressed_",

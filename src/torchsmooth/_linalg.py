@@ -1,4 +1,4 @@
-"""The linear algebra under both halves: spectra, truncated factors and polar factors of batches of matrices.
+"""The linear algebra under both halves: spectra and truncated factors of batches of matrices.
 
 Weights in single or half precision are decomposed through the Gram matrix of their small side in float64: a product of
 float32 entries is exact in float64, and the eigenvalues of that small symmetric matrix carry about 1e-8 of the largest
@@ -21,12 +21,6 @@ def working_copy(matrices: Tensor) -> Tensor:
         matrices = matrices.cpu()
     work: Tensor = matrices.detach().to(torch.float64)
     return work
-
-
-def _left_basis(matrices: Tensor) -> Tensor:
-    """Return the left singular vectors of wide float64 matrices ``(..., m, n)``, m ≤ n, strongest first."""
-    vectors: Tensor = torch.linalg.eigh(matrices @ matrices.mT).eigenvectors
-    return vectors.flip(-1)
 
 
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,33 +146,3 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     power = (sizes.log2() / 2).round()
     power = torch.where(power.isfinite(), power, torch.zeros_like(power))  # a term that is zero has no size
     return up * power.exp2().unsqueeze(-2), down * (-power).exp2().unsqueeze(-1)
-
-
-def nuclear_norm_and_polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the singular values of all matrices, and the factor U Vᵀ of each, which is its gradient.
-
-    Directions with a singular value below the rounding of the matrix (``max(m, n) · eps`` of the largest) are
-    left out of U Vᵀ: of all subgradients there it is the one of least norm, and it is zero at the zero matrix.
-
-    Args:
-        matrices: ``(groups, m, n)`` in float32 or float64.
-
-    Returns:
-        The norm, a scalar, and the polar factors ``(groups, m, n)``, both in the dtype of ``matrices``.
-
-    Source: Watson, "Characterization of the subdifferential of some matrix norms", 1992.
-    """
-    tolerance = torch.finfo(matrices.dtype).eps * max(matrices.shape[-2:])
-    work = working_copy(matrices)
-    tall = work.shape[-2] > work.shape[-1]
-    wide = work.mT if tall else work
-    if matrices.dtype == torch.float64:
-        left, values, right = torch.linalg.svd(wide, full_matrices=False)
-    else:
-        left = _left_basis(wide)
-        projected = left.mT @ wide
-        values = torch.linalg.vector_norm(projected, dim=-1)
-        right = projected / torch.where(values > 0, values, torch.ones_like(values)).unsqueeze(-1)
-    kept = values > tolerance * values.amax(-1, keepdim=True)
-    polar = (left * kept.unsqueeze(-2)) @ right
-    return values.sum().to(matrices), (polar.mT if tall else polar).to(matrices)

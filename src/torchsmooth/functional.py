@@ -8,41 +8,19 @@ layers alike. One strength therefore serves a whole model, as one weight decay d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ._checks import check_choice
+from ._derivatives import squared_differences
+from ._matricise import SCHEMES
+from ._nuclear import Matrices, nuclear_norms, nuclear_ratios
+from ._polar import POLAR_METHODS, PolarMethod
+from ._weight import Weight, check_weight
 
-from ._checks import FLOAT_DTYPES, check_choice, check_count, describe
-from ._linalg import LinAlgError, nuclear_norm_and_polar
-from ._matricise import SCHEMES, channel_view, matricise
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["first_derivative", "nuclear_norm", "second_derivative"]
-
-
-def _check_weight(weight: Tensor, groups: int) -> Tensor:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {describe(weight)}.")
-    if weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"weight must be of float64, float32, bfloat16 or float16, got {weight.dtype}.")
-    if weight.dim() < 2:  # noqa: PLR2004 - the two channel axes
-        raise ValueError(
-            f"weight must have an output and an input channel axis, got shape {tuple(weight.shape)}: "
-            "penalties make weights smooth along the channels, biases and norm scales have none to spare."
-        )
-    check_count(groups, "groups", max(1, weight.shape[0]), "the size of the first axis of the weight")
-    if weight.shape[0] % groups:
-        raise ValueError(
-            f"groups must divide the first axis of the weight, got {groups} for shape {tuple(weight.shape)}."
-        )
-    # Half precision would lose the sums that follow.
-    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-
-
-def _squared_differences(weight: Tensor, order: int, groups: int, *, transposed: bool) -> Tensor:
-    view = channel_view(_check_weight(weight, groups), groups, transposed=transposed)
-    along_out, along_in = (torch.diff(view, n=order, dim=axis) for axis in (1, 2))
-    return along_out.square().sum() + along_in.square().sum()
+__all__ = ["first_derivative", "nuclear_norm", "nuclear_ratio", "second_derivative"]
 
 
 def first_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
@@ -75,7 +53,7 @@ def first_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = Fals
     Source: the derivative regularisers of Runkel et al., "Smooth Model Compression without Fine-Tuning", 2025
     (arXiv 2505.24469); the paper's exact discretisation was not available, this is the plain forward difference.
     """
-    return _squared_differences(weight, 1, groups, transposed=transposed)
+    return squared_differences(check_weight(weight, groups), 1, groups, transposed=transposed)
 
 
 def second_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
@@ -108,10 +86,12 @@ def second_derivative(weight: Tensor, *, groups: int = 1, transposed: bool = Fal
     Source: the derivative regularisers of Runkel et al., "Smooth Model Compression without Fine-Tuning", 2025
     (arXiv 2505.24469); the paper's exact discretisation was not available, this is the plain second difference.
     """
-    return _squared_differences(weight, 2, groups, transposed=transposed)
+    return squared_differences(check_weight(weight, groups), 2, groups, transposed=transposed)
 
 
-def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, transposed: bool = False) -> Tensor:
+def nuclear_norm(
+    weight: Tensor, *, scheme: str = "channel", groups: int = 1, transposed: bool = False, method: PolarMethod = "auto"
+) -> Tensor:
     r"""Sum of the singular values of the weight's matricisation.
 
     .. math:: \lVert M \rVert_* = \sum_j \sigma_j(M)
@@ -119,7 +99,7 @@ def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, tr
     The gradient is :math:`U V^\top`. Where the matrix is rank-deficient the norm has a kink and every
     :math:`U V^\top + Q` with ``Q`` on the missing directions, :math:`\lVert Q \rVert_2 \le 1`, is a subgradient; the
     one used is the smallest, ``Q = 0``, which is zero at the zero matrix. There is no second derivative: asking for one
-    raises. Half-precision weights are decomposed in float64.
+    raises.
 
     Args:
         weight: ``(out, in / groups, *kernel)`` (``(in, out / groups, *kernel)`` if ``transposed``), at least two
@@ -128,6 +108,12 @@ def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, tr
             out·kw × in·kh; ``"spatial_transposed"``: out·kh × in·kw, both for two kernel axes).
         groups: number of groups of the convolution, a divisor of ``weight.shape[0]``; the norms of the groups add up.
         transposed: whether the weight is that of a transposed convolution.
+        method: how the polar factor is computed. ``"svd"``, in float64, is the reference. ``"eigh"`` decomposes the
+            small Gram matrix in float64: the same to the rounding of single precision, and the fastest on a CPU.
+            ``"polar_express"`` uses matrix products alone, the fastest on a GPU: for singular values of at least about
+            1e-3 of the largest, those of the factor are right to 1e-5, and fall smoothly to zero for smaller ones.
+            ``"polar_express_bf16"`` does its products in bfloat16, right to 3e-2. ``"auto"``: the SVD for float64;
+            else ``"eigh"`` on a CPU; else products, in bfloat16 for half-precision weights.
 
     Returns:
         A differentiable scalar ≥ 0, in float32 for half-precision weights and in the dtype of the weight otherwise.
@@ -135,7 +121,8 @@ def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, tr
     Raises:
         TypeError: if ``weight`` is not a floating tensor.
         ValueError: if it has fewer than two axes, ``groups`` does not divide the first, the scheme is unknown or
-            does not fit the kernel, or the weight holds NaN or infinite values.
+            does not fit the kernel, the method is unknown, or the weight is on the CPU and holds NaN or infinite values
+            (elsewhere these give NaN: to look would make the device wait).
 
     Example:
         >>> import torch
@@ -145,62 +132,54 @@ def nuclear_norm(weight: Tensor, *, scheme: str = "channel", groups: int = 1, tr
 
     Source: Watson, "Characterization of the subdifferential of some matrix norms", 1992; as a penalty in training:
     Xu et al., "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", 2020, and Runkel et al., 2025
-    (arXiv 2505.24469).
+    (arXiv 2505.24469). The matrix products: Amsel et al., "The Polar Express", 2025 (arXiv 2505.16932).
     """
+    one = _checked_matrices(Weight(weight, groups, transposed), scheme, method)
+    return nuclear_norms(one.batch, one.method).sum()
+
+
+def nuclear_ratio(
+    weight: Tensor, *, scheme: str = "channel", groups: int = 1, transposed: bool = False, method: PolarMethod = "auto"
+) -> Tensor:
+    r"""Nuclear norm over Frobenius norm of the weight's matricisation: a low rank that shrinking cannot feign.
+
+    .. math:: \lVert M \rVert_* \,/\, \lVert M \rVert_F \in [1, \sqrt{\min(m, n)}]
+
+    One for a matrix of rank one, the square root of the rank where all singular values are equal. The scale of the
+    weight does not matter, and the gradient is orthogonal to the weight: where a normalisation follows the layer, the
+    nuclear norm can be lowered by shrinking the weight, which changes nothing; this can not.
+
+    Args:
+        weight: ``(out, in / groups, *kernel)`` (``(in, out / groups, *kernel)`` if ``transposed``), at least two
+            axes, any real floating dtype.
+        scheme: which matricisation, as for :func:`nuclear_norm`.
+        groups: number of groups of the convolution, a divisor of ``weight.shape[0]``; the ratios of the groups add up.
+        transposed: whether the weight is that of a transposed convolution.
+        method: how the polar factor is computed, as for :func:`nuclear_norm`.
+
+    Returns:
+        A differentiable scalar ≥ 0, zero for a zero weight; in float32 for half-precision weights and in the dtype of
+        the weight otherwise.
+
+    Raises:
+        TypeError: if ``weight`` is not a floating tensor.
+        ValueError: as :func:`nuclear_norm`.
+
+    Example:
+        >>> import torch
+        >>> from torchsmooth import functional
+        >>> functional.nuclear_ratio(torch.diag(torch.tensor([2.0, 2.0, 2.0, 2.0]))).item()
+        2.0
+
+    Source: Hoyer, "Non-negative Matrix Factorization with Sparseness Constraints", 2004, for vectors; of singular
+    values, as a penalty in training: Yang et al., "Learning Low-rank Deep Neural Networks via Singular Vector
+    Orthogonality Regularization and Singular Value Sparsification", 2020.
+    """
+    one = _checked_matrices(Weight(weight, groups, transposed), scheme, method)
+    return nuclear_ratios(one.batch, one.method).sum()
+
+
+def _checked_matrices(weight: Weight, scheme: str, method: PolarMethod) -> Matrices:
     check_choice(scheme, "scheme", SCHEMES)
-    view = channel_view(_check_weight(weight, groups), groups, transposed=transposed)
-    layout = matricise((view.shape[0] * view.shape[1], *view.shape[2:]), scheme, groups)
-    if view.numel() == 0:
-        return view.sum()
-    # The matrix products inside must keep their precision under autocast.
-    with torch.autocast(weight.device.type, enabled=False):
-        value: Tensor = _NuclearNorm.apply(layout.to_matrices(view))[0]  # type: ignore[no-untyped-call]
-    return value
-
-
-class _NuclearNorm(torch.autograd.Function):
-    """The value and its gradient, both from one decomposition in the forward pass."""
-
-    @staticmethod
-    def forward(matrices: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            # LAPACK does not notice every NaN. A compiled graph cannot branch on values; there NaN gives NaN.
-            if torch.compiler.is_compiling() or matrices.is_meta or bool(torch.isfinite(matrices).all()):
-                return nuclear_norm_and_polar(matrices)
-            cause = None
-        except LinAlgError as error:
-            cause = error
-        raise ValueError(
-            "the nuclear norm needs a weight of finite values, but this one holds NaN or infinite entries or could not "
-            "be decomposed: a learning rate that is too high is the usual cause."
-        ) from cause
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(inputs[0], output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_value: Tensor, _: Tensor) -> Tensor:
-        matrices, polar = ctx.saved_tensors
-        gradient: Tensor = grad_value * _Once.apply(polar, matrices)  # type: ignore[no-untyped-call]
-        return gradient
-
-
-class _Once(torch.autograd.Function):
-    """The polar factor, as a function of the matrix that refuses to be differentiated: not to would give a zero."""
-
-    @staticmethod
-    def forward(polar: Tensor, matrices: Tensor) -> Tensor:  # noqa: ARG004
-        return polar.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:  # noqa: ARG004
-        raise RuntimeError(
-            "the second derivative of the nuclear norm was asked for (create_graph, or a gradient of a gradient), and "
-            "there is none: take the penalty out of the loss that is differentiated twice."
-        )
+    check_choice(method, "method", POLAR_METHODS)
+    return Matrices.of(weight, scheme, method)

@@ -6,14 +6,21 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from . import functional
 from ._checks import check_choice, check_real
+from ._derivatives import squared_differences_gradient
 from ._matricise import SCHEMES, Scheme
+from ._nuclear import Matrices, alike, checked_norms_and_polars, nuclear_norms, stacked
+from ._polar import POLAR_METHODS, PolarMethod
+from ._weight import Weight, check_weight
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["FirstDerivative", "NuclearNorm", "Penalty", "SecondDerivative"]
+__all__ = ["FirstDerivative", "NuclearNorm", "NuclearRatio", "Penalty", "SecondDerivative", "Weight"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,49 @@ class Penalty(ABC):
             A differentiable scalar.
         """
 
+    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Evaluate the penalty and its gradient, *without* the strength.
+
+        Override it where the gradient has a closed form; here it is found by autograd.
+
+        Args:
+            weight: as for :meth:`__call__`; the gradient does not flow to it.
+            groups: number of groups.
+            transposed: whether the weight is that of a transposed convolution.
+
+        Returns:
+            A scalar and a tensor of the shape of ``weight``, in its dtype or a wider one, neither with a graph.
+        """
+        with torch.enable_grad():
+            leaf = weight.detach().requires_grad_()
+            value = self(leaf, groups=groups, transposed=transposed)
+            if not value.requires_grad:
+                return value, torch.zeros_like(leaf, requires_grad=False)
+            (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
+        return value.detach(), gradient
+
+    def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
+        """Return the gradient alone. Override it where that is cheaper than :meth:`value_and_gradient`."""
+        return self.value_and_gradient(weight, groups=groups, transposed=transposed)[1]
+
+    def total(self, weights: Sequence[Weight]) -> Tensor:
+        """Add up the penalty over at least one weight, differentiably.
+
+        Override it, together with :meth:`gradients`, where many weights at once are cheaper than one after the other.
+        """
+        terms = [self(tensor, groups=groups, transposed=transposed) for tensor, groups, transposed in weights]
+        return added(terms)
+
+    def gradients(self, weights: Sequence[Weight]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the gradient of each of some weights, with its index among them, in any order."""
+        for index, (tensor, groups, transposed) in enumerate(weights):
+            yield index, self.gradient(tensor, groups=groups, transposed=transposed)
+
+
+def added(terms: Sequence[Tensor]) -> Tensor:
+    """Add up at least one scalar, on the device of the first."""
+    return sum((term.to(terms[0].device) for term in terms[1:]), terms[0])
+
 
 @dataclass(frozen=True)
 class NuclearNorm(Penalty):
@@ -66,31 +116,113 @@ class NuclearNorm(Penalty):
             uses 2e-2 for 280 steps.
         scheme: which matricisation of a convolution is made low-rank; see :func:`functional.nuclear_norm`. The
             spatial schemes need weights with two kernel axes; every other weight uses ``"channel"`` then.
+        method: how the gradient is computed: ``"auto"``, ``"svd"``, ``"eigh"``, ``"polar_express"`` or
+            ``"polar_express_bf16"``; see :func:`functional.nuclear_norm`.
 
     Raises:
         TypeError: if the strength is not a number.
-        ValueError: if it is negative, NaN or infinite, or the scheme is unknown.
+        ValueError: if it is negative, NaN or infinite, or the scheme or the method is unknown.
 
     Example:
         >>> import torchsmooth
         >>> torchsmooth.NuclearNorm(strength=1e-3)
-        NuclearNorm(strength=0.001, scheme='channel')
+        NuclearNorm(strength=0.001, scheme='channel', method='auto')
 
     Source: Runkel et al., "Smooth Model Compression without Fine-Tuning", 2025 (arXiv 2505.24469).
     """
 
     strength: float = 1e-3
     scheme: Scheme = "channel"
+    method: PolarMethod = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.scheme, "scheme", SCHEMES)
+        check_choice(self.method, "method", POLAR_METHODS)
 
     def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
         """Evaluate the nuclear norm, without the strength; see :func:`functional.nuclear_norm`."""
-        planar = weight.dim() == 4  # noqa: PLR2004 - two channel axes, two kernel axes
-        scheme = self.scheme if planar or self.scheme == "input" else "channel"
-        return functional.nuclear_norm(weight, scheme=scheme, groups=groups, transposed=transposed)
+        scheme = _fitting(self.scheme, weight)
+        return functional.nuclear_norm(weight, scheme=scheme, groups=groups, transposed=transposed, method=self.method)
+
+    @torch.no_grad()
+    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Evaluate the norm, and its gradient: the polar factor. Both come from one decomposition."""
+        one = self._matrices(Weight(weight, groups, transposed))
+        values, polars = _norms_and_polars(one.batch, one.method)
+        return values.sum(), one.back(polars)
+
+    def total(self, weights: Sequence[Weight]) -> Tensor:
+        """Add up the norms; matrices of one shape are decomposed together."""
+        many = [self._matrices(weight) for weight in weights]
+        stacks = [[many[index] for index in indices] for indices in alike(many)]
+        return added([nuclear_norms(stacked(stack), stack[0].method).sum() for stack in stacks])
+
+    @torch.no_grad()
+    def gradients(self, weights: Sequence[Weight]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the polar factors; matrices of one shape are decomposed together."""
+        many = [self._matrices(weight) for weight in weights]
+        for indices in alike(many):
+            stack = [many[index] for index in indices]
+            _, polars = _norms_and_polars(stacked(stack), stack[0].method)
+            first = 0
+            for index, one in zip(indices, stack, strict=True):
+                yield index, one.back(polars[first : first + len(one.batch)])
+                first += len(one.batch)
+
+    def _matrices(self, weight: Weight) -> Matrices:
+        return Matrices.of(weight, _fitting(self.scheme, weight.tensor), self.method)
+
+
+def _fitting(scheme: Scheme, weight: Tensor) -> Scheme:
+    planar = weight.dim() == 4  # noqa: PLR2004 - two channel axes, two kernel axes
+    return scheme if planar or scheme == "input" else "channel"
+
+
+def _norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Tensor, Tensor]:
+    if matrices.numel() == 0:
+        return matrices.sum((-2, -1)), matrices
+    with torch.autocast(matrices.device.type, enabled=False):
+        return checked_norms_and_polars(matrices, method)
+
+
+@dataclass(frozen=True)
+class NuclearRatio(Penalty):
+    r"""Penalise the nuclear norm over the Frobenius norm: a low rank that shrinking the weight cannot feign.
+
+    Its gradient is orthogonal to the weight, and shrinks as the weight grows. It suits layers that are followed by a
+    normalisation, which undoes any change of scale.
+
+    Args:
+        strength: the factor in front, finite and ≥ 0.
+        scheme: which matricisation of a convolution is made low-rank, as for :class:`NuclearNorm`.
+        method: how the gradient is computed, as for :class:`NuclearNorm`.
+
+    Raises:
+        TypeError: if the strength is not a number.
+        ValueError: if it is negative, NaN or infinite, or the scheme or the method is unknown.
+
+    Example:
+        >>> import torchsmooth
+        >>> torchsmooth.NuclearRatio(strength=1e-2)
+        NuclearRatio(strength=0.01, scheme='channel', method='auto')
+
+    Source: as for :func:`functional.nuclear_ratio`.
+    """
+
+    strength: float = 1e-2
+    scheme: Scheme = "channel"
+    method: PolarMethod = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.scheme, "scheme", SCHEMES)
+        check_choice(self.method, "method", POLAR_METHODS)
+
+    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
+        """Evaluate the ratio, without the strength; see :func:`functional.nuclear_ratio`."""
+        scheme = _fitting(self.scheme, weight)
+        return functional.nuclear_ratio(weight, scheme=scheme, groups=groups, transposed=transposed, method=self.method)
 
 
 @dataclass(frozen=True)
@@ -119,6 +251,15 @@ class FirstDerivative(Penalty):
         """Evaluate the penalty, without the strength; see :func:`functional.first_derivative`."""
         return functional.first_derivative(weight, groups=groups, transposed=transposed)
 
+    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Evaluate the penalty and its gradient, in closed form."""
+        gradient = self.gradient(weight, groups=groups, transposed=transposed)
+        return functional.first_derivative(weight.detach(), groups=groups, transposed=transposed), gradient
+
+    def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
+        """Return the gradient, in closed form; the differences do not care which axis holds the outputs."""
+        return squared_differences_gradient(check_weight(weight, groups), 1, groups)
+
 
 @dataclass(frozen=True)
 class SecondDerivative(Penalty):
@@ -145,3 +286,12 @@ class SecondDerivative(Penalty):
     def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
         """Evaluate the penalty, without the strength; see :func:`functional.second_derivative`."""
         return functional.second_derivative(weight, groups=groups, transposed=transposed)
+
+    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Evaluate the penalty and its gradient, in closed form."""
+        gradient = self.gradient(weight, groups=groups, transposed=transposed)
+        return functional.second_derivative(weight.detach(), groups=groups, transposed=transposed), gradient
+
+    def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
+        """Return the gradient, in closed form; the differences do not care which axis holds the outputs."""
+        return squared_differences_gradient(check_weight(weight, groups), 2, groups)

@@ -1,4 +1,4 @@
-"""Penalties registered on modules, and their sum.
+"""Penalties registered on modules.
 
 The interface is that of ``torch.nn.utils.parametrize``, the mechanism is not: a penalty does not change the weight,
 so it needs no change of class, no property and no new state-dict key. A registration is an entry in a plain
@@ -8,31 +8,18 @@ dictionary among the attributes of the module. It is copied by ``deepcopy``, tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, quoted
+from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of
 from .penalties import Penalty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["is_penalized", "penalty_loss", "register_penalty", "remove_penalties", "smooth_"]
-
-_ATTRIBUTE = "_torchsmooth_penalties"
-
-# Layers whose weight `smooth_` finds by itself, and their subclasses (a parametrized layer is one).
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
-
-
-def _penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
-    penalties: dict[str, tuple[Penalty, ...]] = module.__dict__.get(_ATTRIBUTE, {})
-    return penalties
+__all__ = ["is_penalized", "register_penalty", "remove_penalties", "smooth_"]
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -41,14 +28,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def _label(module: nn.Module, tensor_name: str, qualified_name: str = "") -> str:
-    owner = f"{qualified_name!r} ({type(module).__name__})" if qualified_name else type(module).__name__
-    return f"tensor {tensor_name!r} of {owner}"
-
-
 def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "") -> None:
     """Refuse what cannot be penalised, before anything is registered."""
-    label = _label(module, tensor_name, qualified_name)
+    label = label_of(module, tensor_name, qualified_name)
     tensor = getattr(module, tensor_name, None)
     if not isinstance(tensor, Tensor):
         there = quoted([name for name, _ in module.named_parameters(recurse=False)]) or "no parameters of its own"
@@ -114,10 +96,10 @@ def _check_penalty(penalty: object) -> None:
 
 
 def _register(module: nn.Module, tensor_name: str, penalty: Penalty) -> None:
-    registered = _penalties_of(module)
+    registered = penalties_of(module)
     others = tuple(one for one in registered.get(tensor_name, ()) if type(one) is not type(penalty))
     # A new dictionary each time: copy.copy of a module shares the old one.
-    module.__dict__[_ATTRIBUTE] = registered | {tensor_name: (*others, penalty)}
+    module.__dict__[ATTRIBUTE] = registered | {tensor_name: (*others, penalty)}
 
 
 def is_penalized(module: nn.Module, tensor_name: str | None = None) -> bool:
@@ -142,8 +124,8 @@ def is_penalized(module: nn.Module, tensor_name: str | None = None) -> bool:
     """
     check_module(module, "module")
     if tensor_name is None:
-        return any(_penalties_of(inner) for inner in module.modules())
-    return tensor_name in _penalties_of(_unwrapped(module))
+        return any(penalties_of(inner) for inner in module.modules())
+    return tensor_name in penalties_of(_unwrapped(module))
 
 
 def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Module:
@@ -172,18 +154,18 @@ def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Mo
     check_module(module, "module")
     if tensor_name is None:
         for inner in module.modules():
-            inner.__dict__.pop(_ATTRIBUTE, None)
+            inner.__dict__.pop(ATTRIBUTE, None)
         return module
     module, given = _unwrapped(module), module
-    registered = _penalties_of(module)
+    registered = penalties_of(module)
     if tensor_name not in registered:
         there = ", ".join(repr(name) for name in registered) or "none"
-        raise ValueError(f"no penalty is registered on {_label(module, tensor_name)} (registered there: {there}).")
+        raise ValueError(f"no penalty is registered on {label_of(module, tensor_name)} (registered there: {there}).")
     remaining = {name: penalties for name, penalties in registered.items() if name != tensor_name}
     if remaining:
-        module.__dict__[_ATTRIBUTE] = remaining
+        module.__dict__[ATTRIBUTE] = remaining
     else:
-        del module.__dict__[_ATTRIBUTE]
+        del module.__dict__[ATTRIBUTE]
     return given
 
 
@@ -195,7 +177,8 @@ def smooth_(
     """Register a penalty on the weight of every supported layer of a model, in place.
 
     Supported are Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, their subclasses and parametrized
-    versions. The model must be passed to :func:`penalty_loss` in the training loop; nothing else changes.
+    versions. Nothing happens until :func:`torchsmooth.penalty_loss` is added to the loss, or
+    :func:`torchsmooth.attach_` has been called.
 
     Args:
         model: the model to train.
@@ -225,7 +208,7 @@ def smooth_(
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and (filter_fn is None or filter_fn(module, name))
+        if isinstance(module, LAYERS) and (filter_fn is None or filter_fn(module, name))
     ]
     if not found:
         left_out = " that filter_fn keeps" if filter_fn is not None else ""
@@ -238,90 +221,3 @@ def smooth_(
     for _, module in found:
         _register(module, "weight", penalty)
     return model
-
-
-def penalty_loss(model: nn.Module) -> Tensor:
-    """Add up strength × penalty over everything registered in a model.
-
-    Add it to the loss of each step. A weight that is shared between layers counts once for each different penalty.
-    The row of an Embedding's ``padding_idx``, which is never trained, is left out (unless another layer shares it).
-
-    Args:
-        model: a module; wrapped (DistributedDataParallel, torch.compile) or not.
-
-    Returns:
-        A differentiable scalar, in float32 or the wider dtype of the weights, on the device of the first penalised
-        weight. With nothing registered: zero, on the device of the model's first parameter.
-
-    Raises:
-        TypeError: if ``model`` is not a module.
-        ValueError: if a penalty cannot be evaluated; the layer is named.
-
-    Example:
-        >>> import torch, torchsmooth
-        >>> layer = torch.nn.Linear(4, 3)
-        >>> with torch.no_grad():
-        ...     _ = layer.weight.fill_(1.0)
-        >>> model = torchsmooth.smooth_(torch.nn.Sequential(layer), torchsmooth.FirstDerivative(0.1))
-        >>> torchsmooth.penalty_loss(model).item()  # constant along the channels
-        0.0
-
-    Source: Runkel et al., "Smooth Model Compression without Fine-Tuning", 2025 (arXiv 2505.24469).
-    """
-    check_module(model)
-    total: Tensor | None = None
-    for (_, penalty), uses in _uses(model).items():
-        term = penalty.strength * _evaluate(penalty, uses)
-        total = term if total is None else total + term.to(total.device)
-    if total is not None:
-        return total
-    anywhere = next(model.parameters(), None)
-    return torch.zeros((), dtype=torch.float32, device="cpu" if anywhere is None else anywhere.device)
-
-
-@dataclass(frozen=True)
-class _Use:
-    """One registration: a tensor, as the module that it was registered on sees it."""
-
-    qualified_name: str
-    module: nn.Module
-    tensor_name: str
-    tensor: Tensor
-
-    def geometry(self) -> tuple[int, bool, int | None]:
-        """Return the groups, whether the weight is laid out as transposed, and the row that is never trained."""
-        if self.tensor_name == "weight":
-            if isinstance(self.module, (*_CONVOLUTIONS, *_TRANSPOSED)):
-                return self.module.groups, isinstance(self.module, _TRANSPOSED), None
-            if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
-                return 1, False, self.module.padding_idx % len(self.tensor)
-        return 1, False, None
-
-
-def _uses(model: nn.Module) -> dict[tuple[int, Penalty], list[_Use]]:
-    """Gather what is registered, tied tensors together.
-
-    The uses hold the tensors, so that the id of a freshly computed (parametrized) one is not given out again.
-    """
-    uses: dict[tuple[int, Penalty], list[_Use]] = {}
-    for name, module in model.named_modules():
-        for tensor_name, penalties in _penalties_of(module).items():
-            tensor = getattr(module, tensor_name)
-            for penalty in penalties:
-                if penalty.strength > 0.0:
-                    uses.setdefault((id(tensor), penalty), []).append(_Use(name, module, tensor_name, tensor))
-    return uses
-
-
-def _evaluate(penalty: Penalty, uses: list[_Use]) -> Tensor:
-    first = uses[0]
-    tensor = first.tensor
-    groups, transposed, untrained = first.geometry()
-    # A row that pads an embedding is trained after all where the weight is also, say, the output layer's.
-    if untrained is not None and all(use.geometry()[2] == untrained for use in uses):
-        tensor = torch.cat([tensor[:untrained], tensor[untrained + 1 :]])
-    try:
-        return penalty(tensor, groups=groups, transposed=transposed)
-    except (TypeError, ValueError) as error:
-        label = _label(first.module, first.tensor_name, first.qualified_name)
-        raise type(error)(f"{type(penalty).__name__} on {label}: {error}") from error

@@ -89,6 +89,16 @@ def nuclear_norm(weight: Tensor, scheme: str = "channel", groups: int = 1, *, tr
     return total
 
 
+def nuclear_ratio(weight: Tensor, scheme: str = "channel", groups: int = 1, *, transposed: bool = False) -> float:
+    """Add up, over the groups, the singular values over the root of the sum of their squares."""
+    total = 0.0
+    for matrix in group_matrices(weight, scheme, groups, transposed=transposed):
+        _, values, _ = torch.linalg.svd(matrix, full_matrices=True)
+        size = sum(value**2 for value in values.tolist()) ** 0.5
+        total += sum(values.tolist()) / size if size else 0.0
+    return total
+
+
 def spectral_norm(weight: Tensor, scheme: str = "channel", groups: int = 1, *, transposed: bool = False) -> float:
     """Find the largest singular value of any group's matrix: the norm dual to the nuclear norm."""
     largest = 0.0

@@ -1,0 +1,152 @@
+"""What is registered in a model: each tensor with its penalties, tied tensors together, and how to read it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ._sharded import is_sharded, part_like, whole
+from ._weight import Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from .penalties import Penalty
+
+# A plain attribute of a module, with its penalties by the name of the tensor.
+ATTRIBUTE = "_torchsmooth_penalties"
+
+# Layers whose weight `smooth_` finds by itself, and their subclasses (a parametrized layer is one).
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
+
+
+def penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
+    """Return what is registered on a module itself."""
+    penalties: dict[str, tuple[Penalty, ...]] = module.__dict__.get(ATTRIBUTE, {})
+    return penalties
+
+
+def label_of(module: nn.Module, tensor_name: str, qualified_name: str = "") -> str:
+    """Name a tensor in an error."""
+    owner = f"{qualified_name!r} ({type(module).__name__})" if qualified_name else type(module).__name__
+    return f"tensor {tensor_name!r} of {owner}"
+
+
+def name_of(qualified_name: str, tensor_name: str) -> str:
+    """Name a tensor by the path to it; the name is the same before and after ``torch.compile``."""
+    path = [*qualified_name.split("."), tensor_name]
+    return ".".join(part for part in path if part not in ("", "_orig_mod"))
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One registration: a tensor, as the module that it was registered on sees it."""
+
+    qualified_name: str
+    module: nn.Module
+    tensor_name: str
+
+    def geometry(self, rows: int) -> tuple[int, bool, int | None]:
+        """Return the groups, whether the weight is laid out as transposed, and the row that is never trained."""
+        if self.tensor_name == "weight":
+            if isinstance(self.module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+                return self.module.groups, isinstance(self.module, _TRANSPOSED), None
+            if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
+                return 1, False, self.module.padding_idx % rows
+        return 1, False, None
+
+
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """One tensor under one penalty, with every place in which it is registered.
+
+    It holds the tensor, so that the id of a freshly computed (parametrized) one is not given out again.
+    """
+
+    tensor: Tensor
+    penalty: Penalty
+    uses: list[_Use] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The qualified name of the tensor, in its first place."""
+        return name_of(self.uses[0].qualified_name, self.uses[0].tensor_name)
+
+    @property
+    def label(self) -> str:
+        """What to call it in an error."""
+        first = self.uses[0]
+        return f"{type(self.penalty).__name__} on {label_of(first.module, first.tensor_name, first.qualified_name)}"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensor is divided among processes."""
+        return is_sharded(self.tensor)
+
+    def weight(self) -> Weight:
+        """Return what is penalised; a sharded tensor is gathered."""
+        tensor, untrained = whole(self.tensor), self._untrained()
+        if untrained is not None:
+            tensor = torch.cat([tensor[:untrained], tensor[untrained + 1 :]])
+        groups, transposed, _ = self.uses[0].geometry(len(self.tensor))
+        return Weight(tensor, groups, transposed)
+
+    def gradient_of_tensor(self, gradient: Tensor) -> Tensor:
+        """Turn the gradient of :meth:`weight` into that of the tensor; of a sharded one, into the part kept here."""
+        untrained = self._untrained()
+        if untrained is not None:
+            gradient = torch.cat(
+                [gradient[:untrained], gradient.new_zeros(1, *gradient.shape[1:]), gradient[untrained:]]
+            )
+        return part_like(gradient, self.tensor)
+
+    def _untrained(self) -> int | None:
+        """A row that pads an embedding; it is trained after all where the weight is also, say, the output layer's."""
+        rows = {use.geometry(len(self.tensor))[2] for use in self.uses}
+        return rows.pop() if len(rows) == 1 else None
+
+
+def registered_in(model: nn.Module) -> list[Registered]:
+    """Gather what is registered in a model, with a strength above zero, in the order of its modules."""
+    found: dict[tuple[int, Penalty], Registered] = {}
+    for name, module in model.named_modules():
+        for tensor_name, penalties in penalties_of(module).items():
+            tensor = getattr(module, tensor_name)
+            for penalty in penalties:
+                if penalty.strength > 0.0:
+                    one = found.setdefault((id(tensor), penalty), Registered(tensor, penalty))
+                    one.uses.append(_Use(name, module, tensor_name))
+    return list(found.values())
+
+
+def together(registered: Iterable[Registered]) -> list[list[Registered]]:
+    """Put tensors under one penalty and on one device together; those that have to be gathered stay alone."""
+    groups: dict[object, list[Registered]] = {}
+    for one in registered:
+        groups.setdefault(one if one.sharded else (one.penalty, one.tensor.device), []).append(one)
+    return list(groups.values())
+
+
+@contextmanager
+def naming(many: Sequence[Registered]) -> Iterator[None]:
+    """Have an error name the tensor on which the penalty could not be evaluated."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        one = many[0] if len(many) == 1 else next(filter(_fails, many), many[0])
+        raise type(error)(f"{one.label}: {error}") from error
+
+
+def _fails(one: Registered) -> bool:
+    tensor, groups, transposed = one.weight()
+    try:
+        one.penalty.value_and_gradient(tensor, groups=groups, transposed=transposed)
+    except (TypeError, ValueError):
+        return True
+    return False

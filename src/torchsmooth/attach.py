@@ -1,0 +1,246 @@
+"""Penalties without a graph: their gradient is added right before the optimizer steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._accumulate import Gradients
+from ._checks import check_count, check_module, describe
+from ._registered import Registered, naming, registered_in, together
+from .adaptive import Adaptation, AdaptivePenalty
+from .penalties import Penalty, added
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch.optim import Optimizer
+
+__all__ = ["PenaltyHandle", "attach_"]
+
+_HANDLES = "_torchsmooth_handles"
+
+
+def attach_(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    every: int = 1,
+    schedule: Callable[[int], float] | None = None,
+) -> PenaltyHandle:
+    """Let an optimizer add the gradient of a model's penalties right before each of its steps.
+
+    The same as adding ``penalty_loss(model)`` to the loss, to rounding, with no graph: gradients come in closed form.
+    It counts once a step under gradient accumulation, sees gradients that a ``GradScaler`` has unscaled, and works with
+    closures (whose loss it completes). Gradients are clipped before it, where clipping is part of the training loop.
+    Call it once; leave ``penalty_loss`` out of the loss.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``. Only tensors among its parameters, or computed from them (as
+            parametrized ones are), get a gradient.
+        model: the model with registered penalties; wrapped (DistributedDataParallel, torch.compile) or not. Penalties
+            that are registered or removed later count from the next step on.
+        every: evaluate the penalties at each ``every``-th step only, with so many times the strength; at least 1.
+        schedule: a factor on all strengths as a function of the step, counted from zero, such as a
+            :class:`torchsmooth.StrengthSchedule`; None is always one.
+
+    Returns:
+        A handle: ``remove()`` undoes the call, ``state_dict()`` belongs in the training checkpoint.
+
+    Raises:
+        TypeError: if an argument is of a wrong type.
+        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model is
+            attached to this optimizer already, or ``every`` is out of range. While training: if a penalty cannot be
+            evaluated; the layer is named.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> model = torchsmooth.smooth_(torch.nn.Linear(8, 8), torchsmooth.NuclearNorm(1e-2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = torchsmooth.attach_(optimizer, model)
+        >>> model(torch.randn(4, 8)).square().mean().backward()  # no penalty in the loss
+        >>> optimizer.step()
+        >>> handle.remove()
+
+    Source: a penalty as a step of its own beside the loss: Loshchilov and Hutter, "Decoupled Weight Decay
+    Regularization", 2019; but here the gradient goes through the optimizer, as that of a loss does.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}.")
+    check_module(model)
+    check_count(every, "every", 2**63 - 1, "optimizer steps from one evaluation to the next")
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"schedule must be a function of the step, got {describe(schedule)}.")
+    attached: dict[int, PenaltyHandle] = optimizer.__dict__.setdefault(_HANDLES, {})
+    if any(other.model is model for other in attached.values()):
+        raise ValueError(
+            f"this {type(model).__name__} is attached to this {type(optimizer).__name__} already, and its penalties "
+            "would count twice: call remove() on the handle of the first call."
+        )
+    handle = PenaltyHandle(optimizer, model, every, schedule)
+    attached[id(handle)] = handle
+    return handle
+
+
+class PenaltyHandle:
+    """What :func:`attach_` returns: a way to undo it, and the state of what adapts.
+
+    Attributes:
+        model: the model whose penalties are added.
+        every: steps from one evaluation to the next.
+        schedule: the factor on all strengths, as a function of the step, or None.
+        step: optimizer steps taken since the call, or in the checkpoint that was loaded and since.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, every: int, schedule: Callable[[int], float] | None
+    ) -> None:
+        self.model, self.every, self.schedule = model, every, schedule
+        self.step = 0
+        self._optimizer = optimizer
+        self._adaptations: dict[AdaptivePenalty, Adaptation] = {}
+        with torch.enable_grad():
+            registered = registered_in(model)
+        if not registered:
+            raise ValueError(
+                f"no penalty is registered in this {type(model).__name__}: call smooth_(model, penalty) or "
+                "register_penalty(module, tensor_name, penalty) first."
+            )
+        if not any(map(Gradients(optimizer, 1.0).wanted, (one.tensor for one in registered))):
+            raise ValueError(
+                f"none of the {len(registered)} tensors with penalties in this {type(model).__name__} is among the "
+                f"parameters of this {type(optimizer).__name__} (the first is {registered[0].name!r}): make the "
+                "optimizer from the parameters of the same model, after everything that replaces them (such as "
+                "fully_shard or svd_compress_)."
+            )
+        for one in registered:
+            self._adaptation_of(one.penalty)
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Undo :func:`attach_`. Calling it again does nothing."""
+        self._hook.remove()
+        self._optimizer.__dict__.get(_HANDLES, {}).pop(id(self), None)
+
+    def adaptation(self, penalty: AdaptivePenalty) -> Adaptation:
+        """Return the moving part of an adaptive penalty, such as the plan of a ``RankTail``.
+
+        Args:
+            penalty: one equal to that which is registered.
+
+        Raises:
+            ValueError: if none is.
+        """
+        if penalty not in self._adaptations:
+            raise ValueError(f"{penalty} is not among the adaptive penalties here: {[*self._adaptations]}.")
+        return self._adaptations[penalty]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step and the state of adaptive penalties, for the training checkpoint."""
+        return {
+            "step": self.step,
+            "adaptive": {repr(penalty): one.state_dict() for penalty, one in self._adaptations.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Args:
+            state: of a handle for the same model with the same penalties.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        adaptive, mine = state.get("adaptive"), {repr(penalty): one for penalty, one in self._adaptations.items()}
+        if not isinstance(state.get("step"), int) or not isinstance(adaptive, dict) or adaptive.keys() != mine.keys():
+            raise ValueError(
+                "the state does not belong to this handle: expected that of a handle with the adaptive penalties "
+                f"{sorted(mine)}, got one with {sorted(adaptive) if isinstance(adaptive, dict) else describe(state)}."
+            )
+        for key, one in mine.items():
+            one.load_state_dict(adaptive[key])
+        self.step = state["step"]
+
+    def __repr__(self) -> str:
+        extra = "" if self.schedule is None else f", schedule={self.schedule}"
+        return f"PenaltyHandle({type(self._optimizer).__name__}, every={self.every}{extra}, step={self.step})"
+
+    def _before_step(
+        self,
+        _: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add the gradients; or, where the optimizer computes them itself by a closure, see that they are added."""
+        factor = self._factor()
+        if factor != 0.0:
+            for adaptation in self._adaptations.values():
+                adaptation.advance(self.step)
+        self.step += 1
+        if factor == 0.0:
+            return None
+        # The optimizer itself comes first among the arguments.
+        place = 1 if len(args) > 1 else None
+        closure = kwargs.get("closure") if place is None else args[place]
+        if closure is None:
+            self._add_gradients(factor, with_value=False)
+            return None
+
+        def completed() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            value = self._add_gradients(factor, with_value=loss is not None)
+            return loss if value is None else loss + (value.to(loss.device) if isinstance(loss, Tensor) else value)
+
+        if place is None:
+            return args, kwargs | {"closure": completed}
+        return (*args[:place], completed, *args[place + 1 :]), kwargs
+
+    def _factor(self) -> float:
+        if self.step % self.every:
+            return 0.0
+        return self.every * (1.0 if self.schedule is None else float(self.schedule(self.step)))
+
+    def _add_gradients(self, factor: float, *, with_value: bool) -> Tensor | None:
+        """Add the gradients of all penalties; return the sum of their values, if wanted."""
+        with torch.enable_grad():  # parametrized tensors are computed here
+            registered = registered_in(self.model)
+        gradients = Gradients(self._optimizer, factor)
+        values: list[Tensor] = []
+        with torch.no_grad():
+            for many in together(one for one in registered if gradients.wanted(one.tensor)):
+                for one, value, gradient, strength in self._terms(many, with_value=with_value):
+                    gradients.add(one, gradient, strength)
+                    if value is not None:
+                        values.append(factor * strength * value)
+        gradients.finish()
+        return added(values) if values else None
+
+    def _terms(
+        self, many: list[Registered], *, with_value: bool
+    ) -> Iterator[tuple[Registered, Tensor | None, Tensor, float]]:
+        """Value, if wanted, gradient and strength of one penalty, for each of some tensors."""
+        penalty = many[0].penalty
+        adaptation = self._adaptation_of(penalty)
+        if adaptation is None and not with_value:
+            with naming(many):
+                for index, gradient in penalty.gradients([one.weight() for one in many]):
+                    yield many[index], None, gradient, penalty.strength
+            return
+        for one in many:
+            with naming([one]):
+                tensor, groups, transposed = weight = one.weight()
+                if adaptation is None:
+                    value, gradient = penalty.value_and_gradient(tensor, groups=groups, transposed=transposed)
+                else:
+                    value, gradient = adaptation.term(one.name, weight)
+            yield one, value, gradient, penalty.strength if adaptation is None else 1.0
+
+    def _adaptation_of(self, penalty: Penalty) -> Adaptation | None:
+        if not isinstance(penalty, AdaptivePenalty):
+            return None
+        if penalty not in self._adaptations:
+            self._adaptations[penalty] = penalty.begin(self.model)
+        return self._adaptations[penalty]

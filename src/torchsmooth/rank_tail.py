@@ -1,0 +1,258 @@
+"""A penalty on what a plan will cut, and on nothing else: the bridge between training and compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ._checks import check_choice, check_count, check_open_unit, quoted
+from ._layers import KINDS, SCHEME_OPTIONS, weight_of
+from ._linalg import decompose
+from ._matricise import FORMS
+from ._registered import name_of, penalties_of
+from ._tucker import tucker_bases, tucker_core, tucker_product
+from .adaptive import Adaptation, AdaptivePenalty
+from .planning import plan_compression
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from ._matricise import LayerScheme
+    from ._tucker_layout import Layout, Rank
+    from ._weight import Weight
+    from ._workpiece import FormOption, SchemeOption
+    from .plan import CompressionPlan
+
+__all__ = ["RankTail", "TailPlan"]
+
+
+@dataclass(frozen=True)
+class RankTail(AdaptivePenalty):
+    r"""Penalise what compression at one ratio will cut, half the squared tail of each weight, and nothing else.
+
+    While the network trains, its ranks are planned for the ratio, by the same planner as that of
+    :func:`torchsmooth.svd_compress_`, again and again. What the truncation to those ranks leaves out decays, as under a
+    weight decay of this strength; what it keeps is left alone, so that accuracy does not pay for it. At the end the cut
+    costs almost nothing. Needs :func:`torchsmooth.attach_`, and is at its best with a schedule that rises slowly, since
+    early in the training there is no telling yet what can go.
+
+    .. math:: \tfrac12 \lVert W - P(W) \rVert_F^2, \qquad \nabla = W - P(W)
+
+    P projects onto the leading singular vectors of the planned scheme and rank, held for ``refresh_every`` steps.
+    Layers that the plan leaves dense, and those that cannot be compressed, are not penalised.
+
+    Args:
+        ratio: fraction of all parameters of the model that will be removed, strictly between 0 and 1.
+        strength: the factor in front, finite and ≥ 0: the tail loses this fraction a step (times the learning rate of
+            plain SGD). High ratios take more: 0.05 at 0.9.
+        scheme: as it will be given to ``svd_compress_``, one name.
+        form: as it will be given to ``svd_compress_``.
+        replan_every: steps from one plan to the next, at least 1.
+        refresh_every: steps from one decomposition of the planned layers to the next, at least 1.
+
+    Raises:
+        TypeError: if an argument is of a wrong type.
+        ValueError: if one is out of range. When attached: as :func:`torchsmooth.plan_compression`.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
+        >>> model = torchsmooth.smooth_(model, torchsmooth.RankTail(ratio=0.8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> schedule = torchsmooth.StrengthSchedule(total_steps=1000, begin=0.15, full=0.75)
+        >>> handle = torchsmooth.attach_(optimizer, model, schedule=schedule)
+
+    Source: the truncated nuclear norm penalises a tail, too: Hu et al., "Fast and Accurate Matrix Completion via
+    Truncated Nuclear Norm Regularization", 2013. To take the tail from a plan for the whole model is the library's own.
+    """
+
+    ratio: float
+    strength: float
+    scheme: SchemeOption
+    form: FormOption
+    replan_every: int
+    refresh_every: int
+
+    def __init__(
+        self,
+        ratio: float,
+        strength: float = 0.02,
+        *,
+        scheme: SchemeOption = "auto",
+        form: FormOption = "auto",
+        replan_every: int = 400,
+        refresh_every: int = 40,
+    ) -> None:
+        for name, value in (
+            ("ratio", check_open_unit(ratio, "ratio", "the fraction of the parameters to remove")),
+            ("strength", strength),
+            ("scheme", scheme),
+            ("form", form),
+            ("replan_every", check_count(replan_every, "replan_every", 2**63 - 1, "optimizer steps")),
+            ("refresh_every", check_count(refresh_every, "refresh_every", 2**63 - 1, "optimizer steps")),
+        ):
+            object.__setattr__(self, name, value)
+        check_choice(scheme, "scheme", SCHEME_OPTIONS)
+        check_choice(form, "form", ("auto", *FORMS))
+        self.__post_init__()
+
+    def begin(self, model: nn.Module) -> TailPlan:
+        """Make a first plan, or say why there can be none."""
+        return TailPlan(self, model)
+
+
+class TailPlan(Adaptation):
+    """The plan of a :class:`RankTail` while a network trains, and what projects onto the part that is kept.
+
+    Attributes:
+        plan: the plan that was made last; None after a checkpoint was loaded, until the next is made.
+    """
+
+    def __init__(self, description: RankTail, model: nn.Module) -> None:
+        self._description, self._model = description, model
+        self.plan: CompressionPlan | None = None
+        self._projections: dict[str, _Projection] = {}
+        self._planned_at = self._refreshed_at = 0
+        self._replan(0)
+
+    def advance(self, step: int) -> None:
+        """Plan or decompose again, where that is due."""
+        if step - self._planned_at >= self._description.replan_every:
+            self._replan(step)
+        elif step - self._refreshed_at >= self._description.refresh_every:
+            self._refresh(step)
+
+    @torch.no_grad()
+    def term(self, name: str, weight: Weight) -> tuple[Tensor, Tensor]:
+        """Return half the squared tail of a weight, and the tail itself."""
+        projection = self._projections.get(name)
+        tensor = weight.tensor.detach()
+        if projection is None:
+            return tensor.new_zeros(()), torch.zeros_like(tensor)
+        kept = projection(tensor)
+        tail = tensor.to(kept.dtype) - kept
+        return self._description.strength * tail.square().sum() / 2, self._description.strength * tail
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ranks and bases in use."""
+        return {
+            "planned_at": self._planned_at,
+            "refreshed_at": self._refreshed_at,
+            "layers": {
+                name: {"scheme": one.scheme, "rank": one.rank, "bases": list(one.bases)}
+                for name, one in self._projections.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the ranks and bases of a checkpoint."""
+        layers, modules = state["layers"], {name: module for module, name in self._tensors().items()}
+        unknown = layers.keys() - modules.keys()
+        if unknown:
+            raise ValueError(
+                f"the state of {self._description} is that of another model: {quoted(unknown)} carry no such penalty "
+                "in this one."
+            )
+        self._projections = {
+            name: _Projection(saved["scheme"], _layout(modules[name], saved["scheme"]), saved["rank"], saved["bases"])
+            for name, saved in layers.items()
+        }
+        self._planned_at, self._refreshed_at, self.plan = state["planned_at"], state["refreshed_at"], None
+
+    def _replan(self, step: int) -> None:
+        description, tensors = self._description, self._tensors()
+        inner = _unwrapped(self._model)
+        self.plan = plan_compression(
+            inner,
+            description.ratio,
+            scheme=description.scheme,
+            form=description.form,
+            filter_fn=lambda module, _: module in tensors,
+            progress=False,
+        )
+        modules = dict(inner.named_modules())
+        self._projections = {}
+        for layer in self.plan:
+            if layer.choice is not None:
+                module, (scheme, _, rank) = modules[layer.name], layer.choice
+                self._projections[tensors[module]] = _Projection(scheme, _layout(module, scheme), rank, ())
+        self._planned_at = step
+        self._refresh(step)
+
+    def _refresh(self, step: int) -> None:
+        weights = {name: weight_of(module).detach() for module, name in self._tensors().items()}
+        for name, projection in self._projections.items():
+            projection.refresh(weights[name])
+        self._refreshed_at = step
+
+    def _tensors(self) -> dict[nn.Module, str]:
+        """Find the layers that this penalty is registered on, with the names that their weights go by."""
+        return {
+            module: name_of(qualified_name, "weight")
+            for qualified_name, module in self._model.named_modules()
+            if type(module) in KINDS and self._description in penalties_of(module).get("weight", ())
+        }
+
+
+class _Projection:
+    """What projects one weight onto the part of it that is kept.
+
+    Attributes:
+        scheme: of the plan.
+        rank: a number, or a pair in scheme ``"tucker"``.
+        bases: orthonormal columns: one basis of the small side; in scheme ``"tucker"`` of the outputs and the inputs.
+    """
+
+    def __init__(self, scheme: LayerScheme, layout: Layout, rank: Rank, bases: Sequence[Tensor]) -> None:
+        self.scheme, self.rank, self.bases = scheme, rank, tuple(bases)
+        self._layout: Any = layout
+
+    def refresh(self, weight: Tensor) -> None:
+        """Take the leading singular vectors of a weight, in its dtype or a wider one, and on its device."""
+        if isinstance(self.rank, tuple):
+            ranks = reversed(self.rank)
+            whole: Sequence[Tensor] = tucker_bases(self._layout.to_tensors(weight))
+        else:
+            ranks, whole = iter([self.rank]), [decompose(self._layout.to_matrices(weight))[1]]
+        # Clones, or the slices would keep the whole bases in memory.
+        self.bases = tuple(
+            basis[..., :rank].to(weight.device, _working(weight.dtype)).contiguous().clone()
+            for basis, rank in zip(whole, ranks, strict=True)
+        )
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Project a weight."""
+        bases = [basis.to(weight.device) for basis in self.bases]
+        weight = weight.to(bases[0].dtype)
+        if isinstance(self.rank, tuple):
+            outer, inner = bases
+            kept = tucker_product(outer, tucker_core(self._layout.to_tensors(weight), outer, inner), inner.mT)
+        else:
+            (basis,), matrices = bases, self._layout.to_matrices(weight)
+            wide = self._layout.rows <= self._layout.columns
+            kept = basis @ (basis.mT @ matrices) if wide else (matrices @ basis) @ basis.mT
+        projected: Tensor = self._layout.to_weight(kept)
+        return projected
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _layout(module: nn.Module, scheme: LayerScheme) -> Layout:
+    return KINDS[type(module)].layouts(module)[scheme]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return what DistributedDataParallel and torch.compile wrap: plans are made for the model itself."""
+    while True:
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
