@@ -154,7 +154,6 @@ def main() -> None:
         cells = [f"{found[f'{ratio}']:.1f} → {found[f'{ratio} recalibrated']:.1f}" for ratio in RATIOS]
         rows.append([spec, f"{found['dense']:.1f}", *cells])
     title = (
-    title = (
         f"Accuracy in % of a ResNet-18 of width {arguments.width} on the JPEG copy of CIFAR-10, after "
         f"{arguments.epochs} epochs with each penalty: dense, and compressed with no fine-tuning (without data → "
         "BatchNorm estimated anew)"

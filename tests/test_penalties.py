@@ -17,11 +17,20 @@ from hypothesis import strategies as st
 
 from tests.reference import penalties as reference
 from tests.strategies import fill_, randn, seeds
-from torchsmooth import FirstDerivative, NuclearNorm, SecondDerivative, functional, penalty_loss, register_penalty
-from torchsmooth.penalties import Penalty
+from torchsmooth import (
+    FirstDerivative,
+    NuclearNorm,
+    NuclearRatio,
+    SecondDerivative,
+    functional,
+    penalty_loss,
+    register_penalty,
+)
+from torchsmooth.penalties import Penalty, Weight
 
-KINDS = (NuclearNorm, FirstDerivative, SecondDerivative)
+KINDS = (NuclearNorm, NuclearRatio, FirstDerivative, SecondDerivative)
 SCHEMES = ("channel", "input", "spatial", "spatial_transposed")
+METHODS = ("auto", "svd", "eigh", "polar_express", "polar_express_bf16")
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 strengths = st.floats(0.0, 1e6)
@@ -39,7 +48,8 @@ class PowerSum(Penalty):
 
 
 every_penalty = st.one_of(
-    st.builds(NuclearNorm, strengths, st.sampled_from(SCHEMES)),
+    st.builds(NuclearNorm, strengths, st.sampled_from(SCHEMES), st.sampled_from(METHODS)),
+    st.builds(NuclearRatio, strengths, st.sampled_from(SCHEMES), st.sampled_from(METHODS)),
     st.builds(FirstDerivative, strengths),
     st.builds(SecondDerivative, strengths),
     st.builds(PowerSum, strengths, st.integers(1, 3)),
@@ -76,7 +86,9 @@ def test_copies_and_pickles_are_equal(penalty):
 
 @given(strength=strengths, scheme=st.sampled_from(SCHEMES))
 def test_repr_is_how_the_penalty_was_written(strength, scheme):
-    assert repr(NuclearNorm(strength, scheme)) == f"NuclearNorm(strength={strength!r}, scheme={scheme!r})"
+    numbers = f"strength={strength!r}, scheme={scheme!r}, method='auto'"
+    assert repr(NuclearNorm(strength, scheme)) == f"NuclearNorm({numbers})"
+    assert repr(NuclearRatio(strength, scheme)) == f"NuclearRatio({numbers})"
     assert repr(FirstDerivative(strength)) == f"FirstDerivative(strength={strength!r})"
     assert repr(SecondDerivative(strength)) == f"SecondDerivative(strength={strength!r})"
 

@@ -41,7 +41,12 @@ SIGNATURES = {
         "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
         "rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
     ),
-    "NuclearNorm": "(strength=0.001, scheme='channel')",
+    "attach_": "(optimizer, model, *, every=1, schedule=None)",
+    "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
+    "NuclearRatio": "(strength=0.01, scheme='channel', method='auto')",
+    "Constrained": "(penalty, bound=0.5, strength=0.0001)",
+    "RankTail": "(ratio, strength=0.02, *, scheme='auto', form='auto', replan_every=400, refresh_every=40)",
+    "StrengthSchedule": "(total_steps, shape='linear', begin=0.0, full=0.5, end=1.0)",
     "FirstDerivative": "(strength=0.0003)",
     "SecondDerivative": "(strength=0.0001)",
     "LowRankLinear": "(in_features, out_features, rank, bias=True, device=None, dtype=None, *, form='factored')",
@@ -70,7 +75,7 @@ def bare(signature):
 def test_the_public_names_are_these():
     assert set(torchsmooth.__all__) == SIGNATURES.keys() | {"functional"}
     assert all(hasattr(torchsmooth, name) for name in torchsmooth.__all__)
-    assert functional.__all__ == ["first_derivative", "nuclear_norm", "second_derivative"]
+    assert functional.__all__ == ["first_derivative", "nuclear_norm", "nuclear_ratio", "second_derivative"]
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", torchsmooth.__version__)
 
 
@@ -187,7 +192,22 @@ def test_imports_are_acyclic_and_need_only_torch():
 
 def test_the_two_halves_share_only_the_algebra_and_the_checks():
     graph = imports()
-    penalty_half = {"functional", "penalties", "registry"}
+    penalty_half = {
+        "_accumulate",
+        "_derivatives",
+        "_nuclear",
+        "_polar",
+        "_registered",
+        "_sharded",
+        "_weight",
+        "adaptive",
+        "attach",
+        "functional",
+        "loss",
+        "penalties",
+        "registry",
+        "schedules",
+    }
     compression_half = {
         "_backup",
         "_sharing",
@@ -232,10 +252,13 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "batchnorm",
     }
     shared = {"_linalg", "_matricise", "_checks"}
+    bridge = {"rank_tail"}  # penalises what a plan will cut: it stands on both halves, and nothing stands on it
+    assert graph.keys() == penalty_half | compression_half | shared | bridge | {"_table", "__init__"}
     for name in penalty_half:
         assert reachable(graph, name) <= penalty_half | shared
     for name in compression_half:
         assert reachable(graph, name) <= compression_half | shared | {"_table"}
+    assert not any(bridge & names for module, names in graph.items() if module != "__init__")
 
 
 def test_penalties_are_frozen_and_hold_no_tensor():

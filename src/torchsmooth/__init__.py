@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
 from .adaptive import Constrained
-from .attach import PenaltyHandle, attach_
+from .attach import attach_
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
@@ -40,7 +40,6 @@ __all__ = [
     "LowRankLinear",
     "NuclearNorm",
     "NuclearRatio",
-    "PenaltyHandle",
     "RankTail",
     "SecondDerivative",
     "StrengthSchedule",
