@@ -73,3 +73,29 @@ def same(one: dict[str, object], other: dict[str, object]) -> bool:
         and torch.equal(values[key].isnan(), others[key].isnan())
         for key in values
     )
+
+
+# One of each layer that a penalty finds by itself, small.
+EVERY_LAYER = {
+    "linear": lambda: nn.Linear(5, 4),
+    "wide": lambda: nn.Linear(9, 3),
+    "conv1d": lambda: nn.Conv1d(6, 4, 3, groups=2),
+    "conv2d": lambda: nn.Conv2d(4, 6, (3, 2), groups=2),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
+    "conv3d": lambda: nn.Conv3d(2, 3, 2),
+    "conv_transpose1d": lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
+    "conv_transpose2d": lambda: nn.ConvTranspose2d(6, 4, 2, groups=2),
+    "conv_transpose3d": lambda: nn.ConvTranspose3d(3, 6, 2, groups=3),
+    "embedding": lambda: nn.Embedding(6, 3, padding_idx=0),
+}
+
+
+def linear_of(matrix: torch.Tensor) -> nn.Linear:
+    """A linear layer without a bias, of this very weight."""
+    layer = nn.Linear(1, 1, bias=False)  # torch warns of layers that are made without entries
+    layer.weight = nn.Parameter(matrix)
+    return layer
+
+
+def two_layers() -> nn.Sequential:
+    return fill_(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), 0)

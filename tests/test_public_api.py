@@ -32,7 +32,10 @@ SIGNATURES = {
     "register_penalty": "(module, tensor_name, penalty)",
     "remove_penalties": "(module, tensor_name=None)",
     "restore_dense_": "(model)",
+    "plot_spectra": "(spectra, path=None)",
+    "plot_weights": "(weights, path=None, *, position=None, relative=False)",
     "smooth_": "(model, penalty, filter_fn=None)",
+    "spectrum": "(model, *, ratio=0.8, scheme='channel', filter_fn=None)",
     "svd_compress_": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
         "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
@@ -58,6 +61,7 @@ SIGNATURES = {
         "(in_channels, out_channels, kernel_size, rank, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
         "padding_mode='zeros', device=None, dtype=None, form='factored')"
     ),
+    "Spectrum": "(layers, ratio)",
     "CompressionPlan": "(layers, parameters_before, asked, target='params', macs_before=None, latency_before=None)",
     "CompressionReport": (
         "(layers, parameters_before, parameters_after, asked, macs_before=None, macs_after=None, latency_before=None, "
@@ -158,6 +162,10 @@ def test_methods_of_plans_are_api():
         assert bare(inspect.signature(getattr(torchsmooth.CompressionPlan, name))) == signature
 
 
+# What watches the training: of the penalties it knows what they are functions of, and which layers they find.
+WATCHING = {"_layer_spectrum", "_reading", "plotting", "spectra"}
+
+
 def imports():
     """Which module of the package imports which."""
     graph = {}
@@ -183,11 +191,22 @@ def test_imports_are_acyclic_and_need_only_torch():
     graph = imports()
     assert all(name not in reachable(graph, name) for name in graph)
     for path in SOURCE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            # Pictures need matplotlib, which is optional: imported where one is drawn, or for the type checker alone.
+            lazy = {"matplotlib"} if path.stem in {"plotting", "spectra"} and node not in tree.body else set()
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= {"torch"} | sys.stdlib_module_names
             if isinstance(node, ast.ImportFrom) and not node.level:
-                assert node.module.split(".")[0] in {"torch"} | sys.stdlib_module_names
+                assert node.module.split(".")[0] in {"torch"} | lazy | sys.stdlib_module_names
+
+
+def test_watching_a_training_needs_nothing_of_the_compression():
+    graph = imports()
+    knows = {"functional", "registry", "_registered", "_linalg", "_matricise", "_checks", "_table"}
+    assert set().union(*(graph[name] for name in WATCHING)) <= WATCHING | knows
+    others = graph.keys() - WATCHING - {"__init__"}
+    assert not any(graph[name] & WATCHING for name in others)
 
 
 def test_the_two_halves_share_only_the_algebra_and_the_checks():

@@ -20,10 +20,12 @@ from .lowrank import LowRankConv2d, LowRankLinear
 from .penalties import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative
 from .plan import CompressionPlan
 from .planning import plan_compression, sweep
+from .plotting import plot_weights
 from .rank_tail import RankTail
 from .registry import is_penalized, register_penalty, remove_penalties, smooth_
 from .report import CompressionReport
 from .schedules import StrengthSchedule
+from .spectra import Spectrum, plot_spectra, spectrum
 from .tucker import TuckerConv2d
 
 try:
@@ -42,6 +44,7 @@ __all__ = [
     "NuclearRatio",
     "RankTail",
     "SecondDerivative",
+    "Spectrum",
     "StrengthSchedule",
     "TuckerConv2d",
     "attach_",
@@ -50,11 +53,14 @@ __all__ = [
     "load_compressed_",
     "penalty_loss",
     "plan_compression",
+    "plot_spectra",
+    "plot_weights",
     "recalibrate_batchnorm_",
     "register_penalty",
     "remove_penalties",
     "restore_dense_",
     "smooth_",
+    "spectrum",
     "svd_compress_",
     "sweep",
 ]
