@@ -191,6 +191,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
     compression_half = {
         "_backup",
         "_sharing",
+        "_whole",
         "_pivoting",
         "_pivoted_modules",
         "_lowrank_layer",
