@@ -35,7 +35,7 @@ SIGNATURES = {
     "smooth_": "(model, penalty, filter_fn=None)",
     "svd_compress_": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None, process_group=None)"
     ),
     "sweep": (
         "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
@@ -192,6 +192,9 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_backup",
         "_sharing",
         "_whole",
+        "_ranks",
+        "_arrival",
+        "_alike",
         "_pivoting",
         "_pivoted_modules",
         "_lowrank_layer",
