@@ -21,7 +21,7 @@ def layers_of(model):
 
 def look(model, batches, *, moments=True):
     found = Calibration(batches, show=False).look(model, layers_of(model), moments=moments)
-    return {name: (traffic, gathered) for name, traffic, gathered in found}
+    return {name: one for group in found for name, one in group.items()}
 
 
 IMAGES = randn(5, 3, 8, 8, seed=0, dtype=torch.float32)
@@ -126,8 +126,8 @@ def test_the_model_is_as_before_at_every_yield(monkeypatch):
     model.layers[2].train()
     before = snapshot(model)
     state = torch.get_rng_state()
-    for _, _, moments in Calibration([IMAGES], show=False).look(model, layers_of(model), moments=True):
-        assert isinstance(moments, Moments)
+    for group in Calibration([IMAGES], show=False).look(model, layers_of(model), moments=True):
+        assert [type(moments) for _, moments in group.values()] == [Moments]
         assert same(dict(before), snapshot(model))
         assert not any(module._forward_pre_hooks for module in model.modules())
     for _ in Calibration([IMAGES], show=False).look(model, layers_of(model), moments=True):

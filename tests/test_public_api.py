@@ -38,7 +38,7 @@ SIGNATURES = {
     "spectrum": "(model, *, ratio=0.8, scheme='channel', filter_fn=None)",
     "svd_compress_": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None, process_group=None)"
     ),
     "sweep": (
         "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
@@ -230,6 +230,10 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
     compression_half = {
         "_backup",
         "_sharing",
+        "_whole",
+        "_ranks",
+        "_arrival",
+        "_alike",
         "_pivoting",
         "_pivoted_modules",
         "_lowrank_layer",

@@ -215,7 +215,7 @@ def test_a_model_in_distributed_data_parallel_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(mlp())
-        with pytest.raises(ValueError, match=r"compress the module inside \(.module\) before wrapping it"):
+        with pytest.raises(ValueError, match=r"compress the module inside \(.module\), and wrap that anew"):
             svd_compress_(model, 0.5)
     finally:
         torch.distributed.destroy_process_group()

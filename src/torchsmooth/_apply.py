@@ -11,16 +11,21 @@ from ._checks import check_values
 from ._layers import KINDS, FoundLayer, find_layers, weight_of
 from ._linalg import LinAlgError, working_copy
 from ._lowrank_layer import multiply_out
-from ._options import undecomposed
+from ._options import decomposition_work, undecomposed
+from ._ranks import ALONE
 from ._refit import Refitted, refit
-from ._swap import take_over_
+from ._swap import swap_, take_over_
 from ._table import format_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import ExitStack
+
+    from torch import Tensor
 
     from ._calibration import Calibration
     from ._lowrank_layer import LowRankLayer
+    from ._ranks import Team
     from .layer_plan import Choice, LayerPlan
 
 
@@ -39,7 +44,7 @@ class Replacements(NamedTuple):
 
 
 def replacements_for(
-    layers: Iterable[LayerPlan], model: nn.Module, calibration: Calibration | None = None
+    layers: Sequence[LayerPlan], model: nn.Module, calibration: Calibration | None = None, team: Team = ALONE
 ) -> Replacements:
     """Make what a plan puts in the place of the layers of a model, which is not changed.
 
@@ -48,6 +53,9 @@ def replacements_for(
         model: the model planned for, or a copy of it with weights of its own.
         calibration: batches to fit the factors to; without, they are truncated SVDs of the weights, in scheme
             ``"tucker"`` refined higher-order ones.
+        team: the ranks, each with the same plan and the same model. Truncations are made by the rank that decomposed
+            the weight for the plan; a refit, which goes from layer to layer, by all ranks together, each on its own
+            batches.
 
     Raises:
         ValueError: if the plan does not fit the model, or a weight cannot be decomposed.
@@ -66,15 +74,53 @@ def replacements_for(
     def truncate(module: nn.Module) -> None:
         _truncate_(replacements[module], *chosen[module], module)
 
-    refitted = None
+    def truncate_and_measure(name: str) -> float:
+        truncate(modules[name])
+        return measured_error(modules[name], replacements[modules[name]])
+
     if calibration is None:
-        for module in chosen:
-            truncate(module)
-    else:
-        names = {module: layer.name for module, (layer, _) in chosen.items()}
-        refitted = refit(model, replacements, names, calibration, truncate)
-    errors = {layer.name: measured_error(module, replacements[module]) for module, (layer, _) in chosen.items()}
+        owners = _owners(layers, team)
+        errors = team.share({name: owners[name] for name in modules}, truncate_and_measure)
+        team.take_(
+            (tensor, owners[name])
+            for name, module in modules.items()
+            for tensor in _tensors_of(replacements[module], module)
+        )
+        return Replacements(replacements, errors, None)
+    names = {module: name for name, module in modules.items()}
+    refitted = refit(model, replacements, names, calibration, truncate)
+    # Computed on all ranks alike, but perhaps not to the last bit: they need not be machines of one kind.
+    refitted.errors = team.first(lambda: refitted.errors)
+    factors = [tensor for module in names for tensor in _tensors_of(replacements[module], module)]
+    team.take_((tensor, 0) for tensor in (*factors, *refitted.values))
+    errors = team.first(lambda: {name: measured_error(module, replacements[module]) for module, name in names.items()})
     return Replacements(replacements, errors, refitted)
+
+
+def _owners(layers: Iterable[LayerPlan], team: Team) -> dict[str, int]:
+    """Divide the layers of a plan as they were when they were decomposed for it."""
+    work = {one.name: decomposition_work(each.matricisation for each in one.options.values()) for one in layers}
+    return team.divide({one.name: work[one.name] for one in layers if one.options})
+
+
+def _tensors_of(replacement: LowRankLayer, module: nn.Module) -> list[Tensor]:
+    """Return what the replacement of a layer has of its own: not the bias, which is still the model's."""
+    tensors = (*replacement.parameters(), *replacement.buffers())
+    return [one for one in tensors if one is not module._parameters.get("bias")]
+
+
+def placed_(model: nn.Module, made: Replacements, undo: ExitStack) -> None:
+    """Put replacements into the model, and write what a refit has found; on any error, all is as before.
+
+    Args:
+        model: the model.
+        made: what to put there.
+        undo: gets what takes it back.
+    """
+    swap_(model, made.layers)
+    undo.callback(swap_, model, {new: old for old, new in made.layers.items()})
+    if made.refitted is not None:
+        undo.callback(made.refitted.write_())
 
 
 def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:

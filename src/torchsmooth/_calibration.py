@@ -16,12 +16,15 @@ from ._matricise import channel_view
 from ._moments import Moments, input_rows
 from ._norms import norms_of
 from ._progress import progress
+from ._ranks import ALONE
 from ._running import observing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
+
+    from ._ranks import Team
 
 # Inputs wider than this are not whitened: their moment has that many rows and columns, in float64.
 WIDEST = 8192
@@ -57,24 +60,30 @@ class Calibration:
 
     Memory: the inputs of the batches and, at a time, the moments of as many layers as fit 1 GiB, or of one.
 
+    Among several ranks, each runs batches of its own, and what it learns of them counts together with what the others
+    learn of theirs.
+
     Args:
         batches: an iterable of inputs.
         show: whether to show progress; None: on a terminal.
+        team: the ranks.
     """
 
-    def __init__(self, batches: Any, show: bool | None = None) -> None:  # noqa: FBT001 - three states
+    def __init__(self, batches: Any, show: bool | None = None, team: Team = ALONE) -> None:  # noqa: FBT001 - three states
         self.batches = collect(batches, "calibration")
-        self.show = show
+        self.show, self.team = show, team
 
     @classmethod
-    def of(cls, batches: Any, show: bool | None) -> Calibration | None:  # noqa: FBT001 - three states
+    def of(cls, batches: Any, show: bool | None, team: Team = ALONE) -> Calibration | None:  # noqa: FBT001 - three states
         """Keep batches, unless there are none or they are kept already."""
-        return batches if batches is None or isinstance(batches, cls) else cls(batches, show)
+        return batches if batches is None or isinstance(batches, cls) else cls(batches, show, team)
 
     def look(
         self, model: nn.Module, layers: Mapping[str, nn.Module], *, moments: bool
-    ) -> Iterator[tuple[str, Traffic, Moments]]:
-        """Run the batches, and yield each layer with its traffic and the moments of its input.
+    ) -> Iterator[dict[str, tuple[Traffic, Moments]]]:
+        """Run the batches, and yield each layer with its traffic and the moments of its input: so many at a time.
+
+        Of the traffic, ``calls`` are those of this rank alone.
 
         Args:
             model: a model, which is as before at every yield.
@@ -101,8 +110,19 @@ class Calibration:
                         for one in traffic.values():
                             one.calls.append(0)
                         run(model, batch)
-            for name in group:
-                yield name, traffic[name], gathered.pop(name)
+            _unite(traffic, self.team)
+            for name, module in group.items() if moments else ():
+                gathered[name].unite(self.team, weight_of(module).device)
+            yield {name: (traffic[name], gathered.pop(name)) for name in group}
+
+
+def _unite(traffic: Mapping[str, Traffic], team: Team) -> None:
+    """Let the layers' order, and whether norms follow them, be what it is on all ranks together."""
+    everywhere = team.gather({name: (one.order, one.normed) for name, one in traffic.items()})
+    for name, one in traffic.items():
+        reached = [there[name] for there in everywhere if there[name][0] >= 0]
+        if reached:
+            one.order, one.normed = min(order for order, _ in reached), all(normed for _, normed in reached)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_sche
 from ._sharing import Sharing
 from ._table import format_rank
 from ._tucker_layout import Layout, TuckerLayout
+from ._whole import check_whole
 from .lowrank import LowRankConv2d, LowRankLinear
 from .tucker import TuckerConv2d
 
@@ -152,9 +153,10 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     """List every module that holds a weight, with the reason where it has to stay dense.
 
     Raises:
-        ValueError: if a parameter is not initialised or is sharded, or the model itself is one single layer.
+        ValueError: if a parameter is not initialised, the model is sharded or wrapped, or is itself one single layer.
     """
     check_initialised(model)
+    check_whole(model)
     if type(model) in KINDS or isinstance(model, LowRankLayer):
         ways = {
             nn.Linear: "LowRankLinear.from_linear(layer, rank)",
@@ -165,12 +167,6 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
             f"use {way}, or wrap it in a torch.nn.Sequential."
         )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"{name or 'the model'} is wrapped in DistributedDataParallel, which would go on reducing the old "
-                "parameters: compress the module inside (.module) before wrapping it."
-            )
     sharing = Sharing(model)
     return [FoundLayer(name, module, _reason(name, module, sharing)) for name, module in _walk(model)]
 
@@ -193,12 +189,6 @@ def _reason(name: str, module: nn.Module, sharing: Sharing) -> str:
     """Say why a layer has to stay dense, or return an empty string."""
     if isinstance(module, LowRankLayer):
         return f"already low-rank (rank {format_rank(module.rank)}); restore_dense_ it to compress it anew"
-    for own_name, parameter in module._parameters.items():
-        if parameter is not None and hasattr(parameter, "full_tensor"):
-            raise ValueError(
-                f"parameter {own_name!r} of layer {name!r} is sharded ({type(parameter).__name__}): compress the model "
-                "before fully_shard, or gather it first (torch.distributed.checkpoint.state_dict)."
-            )
     if parametrize.is_parametrized(module):
         return "parametrized (call remove_parametrizations first)"
     kind = KINDS.get(type(module))

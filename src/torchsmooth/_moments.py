@@ -6,13 +6,16 @@ of each example are read, at positions drawn by a generator of their own: neighb
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._linalg import working_copy
+
+if TYPE_CHECKING:
+    from ._ranks import Team
 
 POSITIONS = 32
 
@@ -60,6 +63,36 @@ class Moments:
             self.inputs_mean += share * inputs_step
             self.outputs_mean += share * outputs_step
         self.count += rows
+
+    def unite(self, team: Team, device: torch.device) -> None:
+        """Take in the rows of the other ranks, as if they had been added here.
+
+        Args:
+            team: the ranks; each has some rows, or none.
+            device: where a rank without rows keeps the moments.
+        """
+        shapes = (self.inputs_mean.shape, self.outputs_mean.shape) if self.count else None
+        everywhere = team.gather((self.count, shapes))
+        total = sum(count for count, _ in everywhere)
+        if len(everywhere) == 1 or not total:
+            return
+        if not self.count:
+            (groups, wide), (_, high) = next(one for _, one in everywhere if one is not None)
+            empty = torch.zeros(groups, 1, 0, dtype=torch.float64, device=device)
+            self.inputs_mean, self.outputs_mean = (empty.new_zeros(groups, size) for size in (wide, high))
+            self._inner, self._cross = empty.new_zeros(groups, wide, wide), empty.new_zeros(groups, high, wide)
+            self._energy = empty.new_zeros(groups, high)
+        own = self.inputs_mean, self.outputs_mean
+        self.inputs_mean, self.outputs_mean = (one * (self.count / total) for one in own)
+        team.sum_([self.inputs_mean, self.outputs_mean])
+        # As for batches: each rank's moments about its own mean, and those of its mean about that of all.
+        inputs_step, outputs_step = own[0] - self.inputs_mean, own[1] - self.outputs_mean
+        across = inputs_step.unsqueeze(1)
+        self._inner.baddbmm_(inputs_step.unsqueeze(2), across, alpha=self.count)
+        self._cross.baddbmm_(outputs_step.unsqueeze(2), across, alpha=self.count)
+        self._energy += self.count * outputs_step.square()
+        team.sum_([self._inner, self._cross, self._energy])
+        self.count = total
 
     def inner(self, *, centred: bool) -> Tensor:
         """Return E[x xᵀ] ``(groups, n, n)``, of the deviations from the mean if ``centred``."""

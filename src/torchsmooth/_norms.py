@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._linalg import working_copy
+from ._ranks import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ._ranks import Team
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Spread:
         rows = working_copy(values).transpose(0, 1).flatten(1)
         mean = rows.mean(1)
         return Spread(rows.shape[1], mean, (rows - mean.unsqueeze(1)).square().mean(1))
+
+    def to(self, device: torch.device | str) -> Spread:
+        """Return the same on a device."""
+        return Spread(self.count, self.mean.to(device), self.variance.to(device))
 
     def merged(self, other: Spread | None) -> Spread:
         """Return what both together have, by the rule of Chan, Golub and LeVeque."""
@@ -64,9 +71,11 @@ class FollowingNorms:
 
     Args:
         model: the dense network; nothing of it is changed.
+        team: the ranks that run batches of their own through it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, team: Team = ALONE) -> None:
+        self._team = team
         self._names = {norm: name for name, norm in norms_of(model).items()}
         self._norms = list(self._names)
         self._dense = {norm: (_buffer(norm, "mean"), _buffer(norm, "var")) for norm in self._norms}
@@ -119,12 +128,12 @@ class FollowingNorms:
                 norm._buffers.update(buffers)
 
     def settle(self) -> None:
-        """Fix the statistics of the norms that the batches have passed by now.
+        """Fix the statistics of the norms that the batches have passed by now, on any rank.
 
         Raises:
             ValueError: if they come out NaN or infinite.
         """
-        for norm, (dense, here) in self._totals.items():
+        for norm, (dense, here) in self._united().items():
             self._set(norm, dense, here)
             if not all(bool(one.isfinite().all()) for one in self._statistics[norm]):
                 raise ValueError(
@@ -133,6 +142,21 @@ class FollowingNorms:
                 )
             self._settled.add(norm)
         self._totals = {}
+
+    def _united(self) -> dict[_BatchNorm, tuple[Spread, Spread]]:
+        """Return what the dense and the compressed network feed the norms, on all ranks together."""
+        if len(self._team.numbers) == 1:
+            return self._totals
+        united: dict[_BatchNorm, tuple[Spread, Spread]] = {}
+        own = {place: self._totals[norm] for place, norm in enumerate(self._norms) if norm in self._totals}
+        for there in self._team.gather({place: tuple(one.to("cpu") for one in pair) for place, pair in own.items()}):
+            for place, (dense, here) in there.items():
+                earlier = united.get(self._norms[place])
+                united[self._norms[place]] = (
+                    dense.merged(earlier and earlier[0]),
+                    here.merged(earlier and earlier[1]),
+                )
+        return {norm: united[norm] for norm in self._norms if norm in united}
 
     def statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Return the buffers of the model's norms that are settled, and what they hold in the compressed network."""
@@ -155,6 +179,7 @@ class FollowingNorms:
         if not dense.count or not here.count:
             return
         mean, variance = (working_copy(one) for one in self._dense[norm])
+        dense, here = dense.to(mean.device), here.to(mean.device)
         eps = float(norm.eps)
         # A channel that was constant in the dense network says nothing about its scale.
         known = dense.variance > torch.finfo(torch.float64).eps * (dense.mean.square() + 1e-300)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,7 +17,7 @@ from ._whitening import output_errors, tucker_output_errors
 from .layer_plan import Option
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from ._matricise import LayerScheme
     from ._spectrum import Decomposition
     from ._tucker_layout import Layout
+
+# What a decomposition takes at least, in multiplications in its time: the calls themselves.
+_OVERHEAD = 10**6
 
 # The side of a scheme's matrix on which a basis of Tucker-2 lies.
 _TUCKER_SIDES: dict[LayerScheme, str] = {"channel": "up", "input": "down"}
@@ -55,6 +57,23 @@ def options_of(found: FoundLayer, schemes: Sequence[str], importance: float) -> 
     return options
 
 
+def decomposition_work(layouts: Iterable[Layout]) -> int:
+    """Estimate what it takes to decompose a weight in some schemes, to divide layers evenly.
+
+    A matrix takes small² · large multiplications for its Gram matrix and some 10 · small³ for the eigenvectors.
+    """
+    work = 0
+    for one in layouts:
+        work += _OVERHEAD
+        if isinstance(one, Matricisation):
+            small, large = sorted((one.rows, one.columns))
+            work += one.groups * small**2 * (large + 10 * small)
+        else:  # the core, and the refinement of the bases
+            sides = one.dense_parameters // one.groups, sum(one.full_rank)
+            work += one.groups * sides[0] * sides[1]
+    return work
+
+
 def _decomposed(layouts: Mapping[LayerScheme, Layout], weight: Tensor) -> dict[LayerScheme, Decomposition]:
     """Decompose a weight in some schemes: with bases where they are needed for planning already, or there is no choice.
 
@@ -80,10 +99,10 @@ def _output_errors(layout: Layout, weight: Tensor, inner: Tensor) -> Tensor:
     return output_errors(weight, inner, cast("Matricisation", layout))
 
 
-def calibrated(
+def output_losses(
     options: Mapping[LayerScheme, Option], name: str, weight: Tensor, inner: Tensor, importance: float
-) -> dict[LayerScheme, Option]:
-    """Weigh the ranks of a layer by the error at its output.
+) -> dict[LayerScheme, Tensor]:
+    """Weigh the ranks of a layer by the error at its output, in every scheme.
 
     Args:
         options: those of the layer.
@@ -102,7 +121,7 @@ def calibrated(
         }
     except LinAlgError as error:
         raise undecomposed(name, error) from error
-    return {scheme: replace(one, losses=importance * losses[scheme]) for scheme, one in options.items()}
+    return {scheme: importance * one for scheme, one in losses.items()}
 
 
 def undecomposed(name: str, error: RuntimeError) -> ValueError:

@@ -28,6 +28,7 @@ from ._calibration import (
     running,
     width_of,
 )
+from ._layers import weight_of
 from ._linalg import LinAlgError, working_copy
 from ._moments import Moments, check_moments, input_rows, output_rows
 from ._norms import FollowingNorms
@@ -60,19 +61,37 @@ class Refitted:
     notes: dict[str, str] = field(default_factory=dict)
     biases: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
+    @property
+    def values(self) -> list[Tensor]:
+        """What is to be written into the model."""
+        return [values for _, values in self._written]
+
+    @property
+    def _written(self) -> list[tuple[Tensor, Tensor]]:
+        return [*self.biases, *self.norms.statistics()]
+
     @torch.inference_mode()  # where tensors made in inference mode can be written to, and all others as well
-    def write_(self) -> None:
-        """Write biases and BatchNorm statistics into the model, in place: all, or none if an error comes."""
-        written = [*self.biases, *self.norms.statistics()]
-        before = [(tensor, tensor.clone()) for tensor, _ in written]
-        try:
-            for tensor, values in written:
-                tensor.copy_(values)
-        except BaseException:  # also an interruption from the keyboard
+    def write_(self) -> Callable[[], None]:
+        """Write biases and BatchNorm statistics into the model, in place: all, or none if an error comes.
+
+        Returns:
+            What takes all of it back.
+        """
+        before = [(tensor, tensor.clone()) for tensor, _ in self._written]
+
+        @torch.inference_mode()
+        def take_back() -> None:
             for tensor, values in before:
                 with contextlib.suppress(RuntimeError):  # what cannot be written to is as it was
                     tensor.copy_(values)
+
+        try:
+            for tensor, values in self._written:
+                tensor.copy_(values)
+        except BaseException:  # also an interruption from the keyboard
+            take_back()
             raise
+        return take_back
 
 
 class _Reached(BaseException):
@@ -101,11 +120,9 @@ def refit(
     Raises:
         ValueError: if the layers' values come out NaN or infinite on the data.
     """
-    traffic = {
-        name: seen
-        for name, seen, _ in calibration.look(model, {names[one]: one for one in replacements}, moments=False)
-    }
-    refitted = Refitted(FollowingNorms(model))
+    (looked,) = calibration.look(model, {names[one]: one for one in replacements}, moments=False)
+    traffic = {name: seen for name, (seen, _) in looked.items()}
+    refitted = Refitted(FollowingNorms(model, calibration.team))
     work = _Work(model, replacements, calibration, refitted.norms)
     steps = []
 
@@ -225,6 +242,7 @@ class _Work:
                     if given.shape[:2] == output.shape[:2]:
                         moments.add(given, output)
         self.norms.settle()
+        moments.unite(self.calibration.team, weight_of(module).device)
         return moments
 
     def run_through(self) -> None:

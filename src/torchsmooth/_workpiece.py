@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._budget import uniformly, within_budget, within_error
-from ._calibration import Calibration, grouped_weight
+from ._calibration import Calibration, grouped_weight, width_of
 from ._checks import check_choice, check_count, check_filter, check_values, describe
 from ._fine_ranks import raise_pairs
-from ._layers import SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
+from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
 from ._matricise import FORMS
 from ._objective import importances
-from ._options import calibrated, options_of
-from ._progress import progress as show_progress
+from ._options import decomposition_work, options_of, output_losses
+from ._ranks import ALONE
 from ._targets import NOT_REACHED, TARGETS, WORDS, Target, needed_inputs, price_
 from .layer_plan import LayerPlan
 from .plan import CompressionPlan
@@ -23,12 +23,13 @@ from .plan import CompressionPlan
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from ._budget import Frontier
-    from ._matricise import Form
+    from ._matricise import Form, LayerScheme
+    from ._ranks import Team
     from ._running import Inputs
-    from .layer_plan import Choice
+    from .layer_plan import Choice, Option
 
 Allocation = Literal["budget", "uniform"]
 SchemeOption = Literal["auto", "channel", "input", "spatial", "tucker"]
@@ -40,7 +41,7 @@ _FILTERED = "left out by filter_fn"
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, checked."""
+    """What was asked for, checked, and who works on it."""
 
     schemes: tuple[SchemeOption, ...]
     form: FormOption
@@ -51,6 +52,7 @@ class Request:
     filter_fn: Callable[[nn.Module, str], bool] | None
     show: bool | None
     calibration: Calibration | None
+    team: Team
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class Request:
         filter_fn: Callable[[nn.Module, str], bool] | None,
         progress: bool | None,
         calibration: Any,
+        team: Team = ALONE,
     ) -> Request:
         """Check what a user asks for."""
         schemes = (scheme,) if isinstance(scheme, str) else _listed(scheme)
@@ -78,12 +81,15 @@ class Request:
         if progress is not None and not isinstance(progress, bool):
             raise TypeError(f"progress must be True, False or None, got {describe(progress)}.")
         inputs = needed_inputs(target, example_inputs)
-        kept = Calibration.of(calibration, progress)
-        return cls(schemes, form, allocation, target, inputs, multiple, filter_fn, progress, kept)
+        show = team.shown(progress)
+        kept = Calibration.of(calibration, show, team)
+        return cls(schemes, form, allocation, target, inputs, multiple, filter_fn, show, kept, team)
 
 
 class Workpiece:
     """A model, decomposed and priced, from which plans for any ratio can be made.
+
+    Among several ranks, layers are decomposed by one rank each, and the first one decides: it prices and it plans.
 
     Args:
         model: the model.
@@ -98,19 +104,25 @@ class Workpiece:
         for name, weight in weights.items():
             check_values(weight, name)
         importance = dict(zip(weights, importances(list(weights.values())), strict=True))
-        self.layers = [
-            _layer_plan(one, request, importance.get(one.name, 0.0))
-            for one in show_progress(found, "Decomposing layers", enabled=request.show)
-        ]
+        able = {one.name: one for one in found if not one.reason}
+        options = request.team.share(
+            request.team.divide({name: _work(one, request.schemes) for name, one in able.items()}),
+            lambda name: options_of(able[name], request.schemes, importance[name]),
+            "Decomposing layers",
+            show=request.show,
+        )
+        self.layers = [_layer_plan(one, request, options.get(one.name, {})) for one in found]
         if request.calibration is not None:
             self._calibrate(request.calibration, {one.name: one.module for one in found}, importance)
-        self.cost = price_(
-            model,
-            request.target,
-            request.inputs,
-            {layer.name: (layer, one.module) for layer, one in zip(self.layers, found, strict=True) if layer.options},
-            multiple=request.multiple,
-            show=request.show,
+        self.cost = request.team.first(
+            lambda: price_(
+                model,
+                request.target,
+                request.inputs,
+                {one.name: (one, able[one.name].module) for one in self.layers if one.options},
+                multiple=request.multiple,
+                show=request.show,
+            )
         )
 
     def _calibrate(
@@ -118,17 +130,50 @@ class Workpiece:
     ) -> None:
         """Weigh ranks by the error at the output, where the data comes."""
         layers = {layer.name: layer for layer in self.layers if layer.options}
-        for name, traffic, moments in calibration.look(
-            self.model, {name: modules[name] for name in layers}, moments=True
-        ):
-            if moments.count:
-                module, layer = modules[name], layers[name]
-                inner = moments.inner(centred=traffic.normed or module._parameters.get("bias") is not None)
-                layer.options = calibrated(layer.options, name, grouped_weight(module), inner, importance[name])
+
+        def weigh(name: str) -> dict[LayerScheme, Tensor]:
+            traffic, moments = seen.pop(name)  # freed when it has served
+            module = modules[name]
+            inner = moments.inner(centred=traffic.normed or module._parameters.get("bias") is not None)
+            return output_losses(layers[name].options, name, grouped_weight(module), inner, importance[name])
+
+        for seen in calibration.look(self.model, {name: modules[name] for name in layers}, moments=True):
+            # What takes longest is the root of a moment.
+            work = {name: width_of(modules[name]) ** 3 for name, (_, moments) in seen.items() if moments.count}
+            owners = self.request.team.divide(work)
+            for name, losses in self.request.team.share(owners, weigh).items():
+                options = layers[name].options
+                layers[name].options = {scheme: replace(one, losses=losses[scheme]) for scheme, one in options.items()}
 
     def plan(self, ratio: float | None, max_error: float | None = None) -> CompressionPlan:
         """Make the plan for one ratio or one error bound, both checked."""
         request, layers = self.request, [layer.copy() for layer in self.layers]
+        for layer, (choice, reason) in zip(
+            layers, request.team.first(lambda: self._choices(layers, ratio, max_error)), strict=True
+        ):
+            if choice is None:
+                layer.keep_dense(reason)
+            else:
+                layer.choose(choice.scheme, choice.rank, choice.form)
+        if max_error is not None:
+            asked = f"max_error {max_error}"
+        else:
+            share = "" if request.target == "params" else f" of {WORDS[request.target].share}"
+            asked = f"ratio {ratio}{share}" + (", uniform" if request.allocation == "uniform" else "")
+        return CompressionPlan(
+            tuple(layers),
+            self.parameters,
+            asked + ("" if request.calibration is None else ", calibrated"),
+            request.target,
+            self.cost if request.target == "macs" else None,
+            self.cost / 1e9 if request.target == "latency" else None,
+        )
+
+    def _choices(
+        self, layers: list[LayerPlan], ratio: float | None, max_error: float | None
+    ) -> list[tuple[Choice | None, str]]:
+        """Make the choices of some layers, and return them, or why there is none."""
+        request = self.request
         candidates = [layer for layer in layers if layer.options and layer.reason != NOT_REACHED]
         what: Literal["losses", "errors"] = "losses" if max_error is None else "errors"
         choices = [layer.choices(what, request.multiple) for layer in candidates]
@@ -138,12 +183,8 @@ class Workpiece:
             raise ValueError(self._nothing_to_compress(layers))
         if max_error is not None:
             indices = within_error(frontiers, max_error)
-            asked = f"max_error {max_error}"
         else:
             indices = self._within(ratio or 0.0, layers, candidates, frontiers)
-            share = "" if request.target == "params" else f" of {WORDS[request.target].share}"
-            asked = f"ratio {ratio}{share}" + (", uniform" if request.allocation == "uniform" else "")
-        asked += "" if request.calibration is None else ", calibrated"
         for layer, (frontier, meanings), index, able in zip(candidates, choices, indices, shrinkable, strict=True):
             choice = meanings[int(frontier.labels[index])]
             if choice is not None:
@@ -156,17 +197,9 @@ class Workpiece:
         if max_error is None and request.allocation == "budget":
             saved = sum(one.prices.dense - (one.cost_after or 0) for one in candidates)
             raise_pairs(candidates, self._allowed(ratio or 0.0) - (self.cost - saved), request.multiple)
-        plan = CompressionPlan(
-            tuple(layers),
-            self.parameters,
-            asked,
-            request.target,
-            self.cost if request.target == "macs" else None,
-            self.cost / 1e9 if request.target == "latency" else None,
-        )
-        if max_error is not None and plan.parameters_after == self.parameters:
+        if max_error is not None and all(layer.choice is None for layer in layers):
             raise ValueError(_nothing_within(max_error, candidates, choices))
-        return plan
+        return [(layer.choice, layer.reason) for layer in layers]
 
     def _within(
         self, ratio: float, layers: list[LayerPlan], candidates: list[LayerPlan], frontiers: list[Frontier]
@@ -243,7 +276,11 @@ def _unless_filtered(found: FoundLayer, filter_fn: Callable[[nn.Module, str], bo
     return found
 
 
-def _layer_plan(found: FoundLayer, request: Request, importance: float) -> LayerPlan:
+def _work(found: FoundLayer, schemes: Sequence[str]) -> int:
+    return decomposition_work(KINDS[type(found.module)].layouts(found.module, schemes).values())
+
+
+def _layer_plan(found: FoundLayer, request: Request, options: Mapping[LayerScheme, Option]) -> LayerPlan:
     module, forms = found.module, _FORMS[request.form]
     kind = type(module).__name__
     if found.reason:
@@ -251,7 +288,6 @@ def _layer_plan(found: FoundLayer, request: Request, importance: float) -> Layer
         plan = LayerPlan(found.name, kind, tuple(weights[0].shape) if weights else (), {}, found.reason, forms=forms)
         plan.parameters_before = sum(one.numel() for one in weights)
         return plan
-    options = options_of(found, request.schemes, importance)
     return LayerPlan(found.name, kind, tuple(weight_of(module).shape), options, forms=forms)
 
 

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ._calibration import Calibration
+from ._alike import prepared_
 from ._checks import check_module
 from ._lowrank_layer import LowRankLayer
+from ._ranks import team_of
 from ._sharing import Sharing
 from ._swap import swap_, take_over_
-from .planning import plan_compression
+from ._workpiece import Request
+from .planning import planned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from torch.distributed import ProcessGroup
 
     from ._targets import Target
     from ._workpiece import Allocation, FormOption, SchemeOption
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["restore_dense_", "svd_compress_"]
 
 
+@torch.inference_mode(mode=False)
+@torch.no_grad()
 def svd_compress_(
     model: nn.Module,
     ratio: float | None = None,
@@ -38,12 +44,23 @@ def svd_compress_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
     progress: bool | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> CompressionReport:
     """Replace the Linear and Conv2d layers of a model by low-rank ones, in place, with no fine-tuning.
 
     Everything is planned and factored first and swapped last: an error leaves the model bit for bit as it was. Device,
     dtype, memory format, mode, ``requires_grad``, bias parameters and hooks are kept. The weights are new parameters,
     so make the optimizer afterwards if training goes on. Penalties registered on a replaced layer go with it.
+
+    Where ``torch.distributed`` is initialised, every rank calls this with the same model and the same arguments, and
+    all get the same model, to the last bit, and the same report. Each rank decomposes some of the layers; the first one
+    plans, and measures if ``target`` asks for it. The calibration batches of all ranks count together, as if one
+    process had them all: give each rank its own, or all of them the same. Buffers that differ, such as BatchNorm
+    statistics after training with DistributedDataParallel, become those of the first rank. If one rank fails, all raise
+    and none is changed. A rank waits two minutes for the others to come; to compress on one rank alone, use
+    ``plan_compression(model, ratio).apply_(model)``, which talks to nobody. Of a model in DistributedDataParallel,
+    compress ``.module`` and wrap that anew, since the old wrapper reduces the old parameters. A sharded model has to be
+    gathered first.
 
     Args:
         model: any model. A layer that cannot be compressed stays dense, and the report says why.
@@ -68,13 +85,17 @@ def svd_compress_(
             never reaches, or with inputs wider than 8,192, is compressed without, and the report says so. The batches
             are kept in memory meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
         progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
+        process_group: the ranks that share the work, if not those of the default process group. Without an initialised
+            ``torch.distributed``, this process does everything.
 
     Returns:
         The report: a table when printed, with one line for every layer.
 
     Raises:
         TypeError: if an argument is of a wrong type.
-        ValueError: as :func:`torchsmooth.plan_compression`, which makes the plan.
+        ValueError: as :func:`torchsmooth.plan_compression`, which makes the plan; if models or arguments differ among
+            the ranks, or this process is not in the group; whatever another rank raises as one of these two.
+        RuntimeError: if another rank does not come, or fails for another reason.
 
     Example:
         >>> import torch, torchsmooth
@@ -95,22 +116,33 @@ def svd_compress_(
     Fitting one layer after the other to the dense network's outputs: Zhang et al., "Accelerating Very Deep
     Convolutional Networks for Classification and Detection", 2016.
     """
-    kept: Any = Calibration.of(calibration, progress)  # a generator gives its batches only once
-    plan = plan_compression(
-        model,
-        ratio,
-        max_error=max_error,
-        scheme=scheme,
-        form=form,
-        allocation=allocation,
-        target=target,
-        example_inputs=example_inputs,
-        rank_multiple=rank_multiple,
-        filter_fn=filter_fn,
-        calibration=kept,
-        progress=progress,
-    )
-    return plan.apply_(model, example_inputs, calibration=kept, progress=progress)
+    team = team_of(process_group, model)
+    with team:
+        alike = {
+            "ratio": ratio,
+            "max_error": max_error,
+            "scheme": scheme,
+            "form": form,
+            "allocation": allocation,
+            "target": target,
+            "rank_multiple": rank_multiple,
+            "calibration": "batches" if calibration is not None else None,
+        }
+        request = Request.of(
+            scheme=scheme,
+            form=form,
+            allocation=allocation,
+            target=target,
+            example_inputs=example_inputs,
+            rank_multiple=rank_multiple,
+            filter_fn=filter_fn,
+            calibration=calibration,
+            progress=progress,
+            team=team,
+        )
+        with prepared_(team, model, alike):
+            plan = planned(model, ratio, max_error, request)
+            return plan._apply_(model, request.inputs, request.calibration, team)
 
 
 @torch.inference_mode(mode=False)

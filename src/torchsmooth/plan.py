@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import nn
 
 from . import _plan_file
-from ._apply import Replacements, replacements_for
+from ._apply import Replacements, placed_, replacements_for
 from ._calibration import Calibration
 from ._checks import check_module, quoted
 from ._latency import compare_times
 from ._layers import count_parameters
 from ._macs import count_macs
+from ._ranks import ALONE
 from ._running import as_inputs
 from ._swap import swap_
 from ._table import format_rank, format_table
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Mapping
 
+    from ._ranks import Team
     from ._running import Inputs
     from ._targets import Target
     from .layer_plan import LayerPlan
@@ -293,19 +296,27 @@ class CompressionPlan:
         """
         check_module(model)
         inputs = None if example_inputs is None else as_inputs(example_inputs)
+        return self._apply_(model, inputs, Calibration.of(calibration, progress))
+
+    def _apply_(
+        self, model: nn.Module, inputs: Inputs | None, calibration: Calibration | None, team: Team = ALONE
+    ) -> CompressionReport:
+        """Compress a model as planned, together with the other ranks: all of them, or none."""
         before = count_parameters(model)
-        made = replacements_for(self.layers, model, Calibration.of(calibration, progress))
-        measured = self._measured(model, made.layers, inputs)
-        swap_(model, made.layers)
-        if made.refitted is not None:
-            made.refitted.write_()
-        return CompressionReport(
-            layers=tuple(_report(layer, made) for layer in self.layers),
-            parameters_before=before,
-            parameters_after=count_parameters(model),
-            asked=self.asked,
-            **measured,
-        )
+        made = replacements_for(self.layers, model, calibration, team)
+        measured = team.first(lambda: self._measured(model, made.layers, inputs))
+        with ExitStack() as undo:
+            placed_(model, made, undo)
+            report = CompressionReport(
+                layers=tuple(_report(layer, made) for layer in self.layers),
+                parameters_before=before,
+                parameters_after=count_parameters(model),
+                asked=self.asked,
+                **measured,
+            )
+            team.gather(None)  # raises where another rank could not do the same
+            undo.pop_all()
+        return report
 
     def _measured(
         self, model: nn.Module, replacements: Mapping[nn.Module, nn.Module], inputs: Inputs | None

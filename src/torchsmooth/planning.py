@@ -94,12 +94,6 @@ def plan_compression(
     Source: one Lagrange multiplier for ranks under a budget: BALF, 2025 (arXiv 2509.25136); the bisection and the
     objective here are the library's own.
     """
-    check_module(model)
-    if (ratio is None) == (max_error is None):
-        raise ValueError(
-            "give either ratio (fraction to remove) or max_error (largest relative error of a layer), "
-            f"got ratio={ratio}, max_error={max_error}."
-        )
     request = Request.of(
         scheme=scheme,
         form=form,
@@ -111,14 +105,25 @@ def plan_compression(
         calibration=calibration,
         progress=progress,
     )
+    return planned(model, ratio, max_error, request)
+
+
+def planned(model: nn.Module, ratio: float | None, max_error: float | None, request: Request) -> CompressionPlan:
+    """Make a plan; of the arguments, the first three are not checked yet."""
+    check_module(model)
+    if (ratio is None) == (max_error is None):
+        raise ValueError(
+            "give either ratio (fraction to remove) or max_error (largest relative error of a layer), "
+            f"got ratio={ratio}, max_error={max_error}."
+        )
     if ratio is not None:
-        ratio = _check_ratio(ratio, "ratio", target)
+        ratio = _check_ratio(ratio, "ratio", request.target)
     else:
         max_error = check_open_unit(max_error, "max_error", "the largest relative error of a layer")
-        if target != "params":
+        if request.target != "params":
             raise ValueError(
                 f"max_error bounds the error of each layer, whatever that saves, so it cannot be combined with target "
-                f"{target!r}: give a ratio, or leave target out."
+                f"{request.target!r}: give a ratio, or leave target out."
             )
     return Workpiece(model, request).plan(ratio, max_error)
 

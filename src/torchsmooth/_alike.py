@@ -1,0 +1,134 @@
+"""Whether the ranks of a process group hold the same model and ask for the same: found out before work is shared."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_initialised, check_module
+from ._whole import check_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from ._ranks import Team
+
+_ALONE = "To compress on one rank alone, use plan_compression(model, ...).apply_(model)."
+
+# Entries that are summed up at a time, to bound the memory that their copies in 64 bits take.
+_CHUNK = 1 << 20
+# Odd numbers of which the places of entries become numbers like random ones (those of the generator SplitMix64).
+_MIXERS = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
+
+
+class _Outline(NamedTuple):
+    """What two tensors of the same name have in common if they are the same."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksum: int | None
+
+
+@contextmanager
+def prepared_(team: Team, model: nn.Module, arguments: Mapping[str, object]) -> Iterator[None]:
+    """Make sure that all ranks work on the same model and for the same arguments; do nothing for a process alone.
+
+    Parameters are compared by their names, shapes, dtypes and checksums, not sent. Buffers become those
+    of the first rank: BatchNorm statistics differ in every network that was trained on several ranks, as each has seen
+    other data last. After an error, every rank has its own again.
+
+    Args:
+        team: the ranks.
+        model: the model of this rank.
+        arguments: those that every rank should have given alike.
+
+    Raises:
+        TypeError: if the model is not a module.
+        ValueError: on all ranks, if there is a difference, or one of the models is sharded or wrapped.
+    """
+    if len(team.numbers) == 1:
+        yield
+        return
+    _refuse_differences(team, {name: repr(value) for name, value in arguments.items()}, _other_argument)
+    check_module(model)
+    check_initialised(model)
+    check_whole(model)
+    _refuse_differences(team, {name: _outline(one) for name, one in model.named_parameters()}, _other_tensor)
+    buffers = dict(model.named_buffers())
+    outlines = {name: _outline(one) for name, one in buffers.items()}
+    _refuse_differences(team, {name: one[:2] for name, one in outlines.items()}, _other_tensor)
+    first, *others = team.gather(outlines)
+    differing = [one for name, one in buffers.items() if any(there[name] != first[name] for there in others)]
+    before, values = ([one.detach().clone() for one in differing] for _ in range(2))
+    team.take_((one, 0) for one in values)
+    try:
+        _write_(differing, values)
+        yield
+    except BaseException:  # also an interruption from the keyboard
+        _write_(differing, before)
+        raise
+
+
+@torch.inference_mode()  # where tensors made in inference mode can be written to, and all others as well
+def _write_(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _refuse_differences(team: Team, own: Mapping[str, Any], say: Callable[[str, Any, Any, Any], str]) -> None:
+    """Compare what every rank has, by name; the first difference is raised on all ranks."""
+    first, *others = team.gather(dict(own))
+    for number, theirs in zip(team.numbers[1:], others, strict=True):
+        for name in first | theirs:  # in the order of the first rank
+            if first.get(name) != theirs.get(name):
+                raise ValueError(say(name, first.get(name), theirs.get(name), (team.numbers[0], number)))
+
+
+def _other_argument(name: str, first: str, other: str, ranks: tuple[int, int]) -> str:
+    return (
+        f"svd_compress_ got {name}={first} on rank {ranks[0]}, but {name}={other} on rank {ranks[1]}: give every rank "
+        f"the same arguments. {_ALONE}"
+    )
+
+
+def _other_tensor(name: str, first: Any, other: Any, ranks: tuple[int, int]) -> str:
+    layer, _, own_name = name.rpartition(".")
+    where = f"{own_name!r} of layer {layer!r}" if layer else repr(name)
+    if first is None or other is None:
+        difference = f"only rank {ranks[other is not None]} has {where}"
+    elif first[:2] != other[:2]:
+        one, two = (f"{entry[1]} of shape {entry[0]}" for entry in (first, other))
+        difference = f"{where} is {one} on rank {ranks[0]}, and {two} on rank {ranks[1]}"
+    else:
+        difference = f"{where} has other values on rank {ranks[1]} than on rank {ranks[0]}"
+    return (
+        f"the models on the ranks are not the same: {difference}. Load the same checkpoint on every rank, or send one "
+        "rank's weights to all: for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, src=0). "
+        f"{_ALONE}"
+    )
+
+
+def _outline(tensor: Tensor) -> _Outline:
+    return _Outline(tuple(tensor.shape), str(tensor.dtype), _checksum(tensor.detach()))
+
+
+def _checksum(tensor: Tensor) -> int | None:
+    """Sum up the bits of each entry times a number that its place stands for; None for what has no such bits.
+
+    Whole numbers modulo 2⁶⁴: the order of summing does not matter, so that all devices and machines agree.
+    """
+    plain = type(tensor.data) is Tensor and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        return None
+    entries = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[entries.element_size()]
+    bits = entries.contiguous().flatten().view(kind)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _CHUNK):
+        values = bits[start : start + _CHUNK].to(torch.int64)
+        places = torch.arange(start + 1, start + 1 + len(values), device=tensor.device) * _MIXERS[0]
+        total += (values * ((places ^ (places >> 29)) * _MIXERS[1])).sum()
+    return int(total)
