@@ -26,7 +26,7 @@ from torchsmooth import (
     penalty_loss,
     register_penalty,
 )
-from torchsmooth.penalties import Penalty, Weight
+from torchsmooth.penalties import Penalty
 
 KINDS = (NuclearNorm, NuclearRatio, FirstDerivative, SecondDerivative)
 SCHEMES = ("channel", "input", "spatial", "spatial_transposed")
