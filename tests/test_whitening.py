@@ -7,6 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import torchsmooth
+from tests.networks import small_resnet
 from tests.reference import calibration as reference
 from tests.strategies import randn, seeds
 from torchsmooth._matricise import SCHEMES, distinct_schemes, matricise
@@ -331,3 +333,11 @@ def test_a_wide_layer_with_fewer_rows_than_columns(scheme, rows):
         fitted = second_factor(weight, inner, first_factor(weight, inner, layout, rank), layout)[1]
         missed = float(((weight - fitted) @ inner * (weight - fitted)).sum() / (weight @ inner * weight).sum())
         assert missed == pytest.approx(float(errors[rank]), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_layers_that_see_maps_of_one_pixel_can_be_planned(seed):
+    # Eight of nine positions of their kernels only ever meet padding, so most of their moments are zeros.
+    inputs = randn(8, 3, 8, 8, seed=seed, dtype=torch.float32)
+    plan = torchsmooth.plan_compression(small_resnet(), 0.5, calibration=[inputs])
+    assert plan.ratio >= 0.5

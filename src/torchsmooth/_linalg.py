@@ -9,6 +9,8 @@ digits, take the SVD.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,59 @@ def working_copy(matrices: Tensor) -> Tensor:
         matrices = matrices.cpu()
     work: Tensor = matrices.detach().to(torch.float64)
     return work
+
+
+def eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, smallest first, and eigenvectors of positive semidefinite matrices; no finite matrix is refused.
+
+    LAPACK's divide and conquer gives up on some matrices with many eigenvalues of zero (such as the moments of inputs
+    of which most are always zero), and not on the same one in another scale, order or shift.
+
+    Args:
+        matrices: ``(..., k, k)``, symmetric, in float64 or float32.
+
+    Returns:
+        ``(..., k)`` and ``(..., k, k)``, the eigenvectors in columns.
+
+    Raises:
+        LinAlgError: if an entry is NaN or infinite, where LAPACK notices.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except LinAlgError:
+        if not bool(torch.isfinite(matrices).all()):
+            raise
+        return _eigen_otherwise(matrices)
+    return values, vectors
+
+
+def _eigen_otherwise(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same for matrices that were refused once."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    scaled = matrices / torch.where(largest > 0, largest, torch.ones_like(largest))
+    shift = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    vectors: Tensor | None = None
+    for reordered, attempt in product((False, True), (scaled, scaled + shift)):
+        try:
+            found = torch.linalg.eigh(attempt.flip(-2, -1) if reordered else attempt).eigenvectors
+        except LinAlgError:
+            continue
+        vectors = found.flip(-2) if reordered else found
+        break
+    if vectors is None:
+        vectors = torch.linalg.svd(scaled).U
+    # The eigenvalues of a shifted matrix lack the digits of small ones: Rayleigh quotients have them.
+    values, order = (vectors * (scaled @ vectors)).sum(-2).sort(-1)
+    return values * largest.squeeze(-1), vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+
+
+def eigenvalues(matrices: Tensor) -> Tensor:
+    """The eigenvalues alone, as :func:`eigen`."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(matrices)
+    except LinAlgError:
+        return eigen(matrices)[0]
+    return values
 
 
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +94,8 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if matrices.dtype == torch.float64:
         basis, values, _ = torch.linalg.svd(work, full_matrices=False)
         return values, basis
-    eigenvalues, vectors = torch.linalg.eigh(work @ work.mT)
-    return eigenvalues.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    squares, vectors = eigen(work @ work.mT)
+    return squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
 
 
 def singular_values(matrices: Tensor) -> Tensor:
@@ -58,8 +113,7 @@ def singular_values(matrices: Tensor) -> Tensor:
     work = working_copy(matrices)
     if work.shape[-2] > work.shape[-1]:
         work = work.mT
-    eigenvalues: Tensor = torch.linalg.eigvalsh(work @ work.mT)
-    return eigenvalues.flip(-1).clamp_min(0).sqrt()
+    return eigenvalues(work @ work.mT).flip(-1).clamp_min(0).sqrt()
 
 
 def relative_tail_energies(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from ._linalg import working_copy
+from ._linalg import eigen, working_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +89,8 @@ def nuclear_norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Ten
         kept = values > tolerance * values.amax(-1, keepdim=True)
         polars = (left * kept.unsqueeze(-2)) @ right
     else:
-        eigenvalues, left = torch.linalg.eigh(wide @ wide.mT)
-        values = eigenvalues.clamp_min(0).sqrt()
+        squares, left = eigen(wide @ wide.mT)
+        values = squares.clamp_min(0).sqrt()
         largest = values.amax(-1, keepdim=True)
         kept = values > tolerance * largest
         inverse = torch.where(kept, values, torch.ones_like(values)).reciprocal() * kept

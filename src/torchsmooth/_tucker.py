@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._linalg import decompose, working_copy
+from ._linalg import decompose, eigen, working_copy
 
 # Sweeps over the two bases; more have not been seen to gain anything that matters.
 _SWEEPS = 3
@@ -39,7 +39,7 @@ def _basis(matrices: Tensor, rank: int, *, exact: bool) -> Tensor:
     if exact or rank <= columns < rows:  # of a tall matrix, the Gram matrix would be the larger one
         wanted = torch.linalg.svd(matrices, full_matrices=rank > columns).U
     else:
-        wanted = torch.linalg.eigh(matrices @ matrices.mT).eigenvectors.flip(-1)
+        wanted = eigen(matrices @ matrices.mT)[1].flip(-1)
     return signed(wanted[..., :rank])
 
 

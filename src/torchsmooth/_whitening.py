@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ._linalg import eigen, eigenvalues
 from ._matricise import matricise
 from ._tucker import monotone, signed
 
@@ -61,7 +62,7 @@ def _identity_where(chosen: Tensor, like: Tensor) -> Tensor:
 
 def square_roots(inner: Tensor) -> tuple[Tensor, Tensor]:
     """Return S = C^{1/2} and its pseudo-inverse, by the symmetric eigenproblem: C may be singular."""
-    values, vectors = torch.linalg.eigh(inner)
+    values, vectors = eigen(inner)
     kept = values > _TINY * values[..., -1:].clamp_min(0)
     roots = torch.where(kept, values.clamp_min(0).sqrt(), torch.zeros_like(values))
     inverse = torch.where(kept, roots, torch.ones_like(roots)).reciprocal() * kept
@@ -98,10 +99,10 @@ def first_factor(weight: Tensor, inner: Tensor, layout: Matricisation, rank: int
     root, inverse = square_roots(column_moment(inner, layout))
     whitened = matrices @ root
     if layout.rows <= layout.columns:
-        vectors = torch.linalg.eigh(whitened @ whitened.mT).eigenvectors.flip(-1)[..., :rank]
+        vectors = eigen(whitened @ whitened.mT)[1].flip(-1)[..., :rank]
         down = vectors.mT @ whitened @ inverse
     else:
-        vectors = torch.linalg.eigh(whitened.mT @ whitened).eigenvectors.flip(-1)[..., :rank]
+        vectors = eigen(whitened.mT @ whitened)[1].flip(-1)[..., :rank]
         down = vectors.mT @ inverse
     # The sign of an eigenvector is anybody's guess; so that equal input gives equal factors, it is fixed.
     return signed(down.mT).mT
@@ -236,7 +237,7 @@ def tucker_output_errors(weight: Tensor, inner: Tensor, layout: TuckerLayout) ->
     for rank in sorted({*layout.inner_ranks(), full_in}):
         block = explained[:, done:rank].flatten(1, 2)
         moment = moment + block.mT @ block
-        values = torch.linalg.eigvalsh(moment).clamp_min(0).flip(-1).sum(0)[:full_out].cpu() / whole
+        values = eigenvalues(moment).clamp_min(0).flip(-1).sum(0)[:full_out].cpu() / whole
         errors[rank, 1:] = 1 - values.cumsum(0)
         steps = torch.arange(1, rank - done, dtype=torch.float64, device="cpu").unsqueeze(1) / (rank - done)
         errors[done + 1 : rank] = torch.lerp(errors[done], errors[rank], steps)

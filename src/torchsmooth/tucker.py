@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._checks import check_choice, check_values
 from ._geometry import HasGeometry, geometry_of, spelled_out
+from ._linalg import eigen
 from ._lowrank_layer import LowRankLayer, check_source, finite_copies, inherit, merged, uninitialised
 from ._matricise import FORMS, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, Ordered
@@ -262,7 +263,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
         plain = matricise(shape, "input", layout.groups)
         down = first_factor(target, inner, plain, r_in)
         rest, fitted = second_factor(target, inner, down, plain)
-        vectors = torch.linalg.eigh(fitted @ inner @ fitted.mT).eigenvectors
+        vectors = eigen(fitted @ inner @ fitted.mT)[1]
         up = signed(vectors.flip(-1)[..., :r_out])
         core = up.mT @ rest.reshape(layout.groups, layout.out_channels, -1)
         core = core.reshape(layout.groups, r_out, layout.positions, r_in).transpose(-1, -2)
