@@ -60,12 +60,14 @@ def check_choice(value: object, name: str, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {allowed}; got {describe(value)}.")
 
 
-def check_count(value: object, name: str, most: int, why: str) -> int:
-    """Return ``value`` as an int between 1 and ``most``; ``why`` says what the upper bound is."""
+def check_count(value: object, name: str, most: int | None, why: str) -> int:
+    """Return ``value`` as an int from 1 to ``most``, if that is given; ``why`` says what is counted, or bounds it."""
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an integer, got {describe(value)}.")
     count = value if isinstance(value, int) else value.__index__()
-    if not 1 <= count <= most:
+    if most is None and count < 1:
+        raise ValueError(f"{name} must be at least 1 ({why}), got {count}.")
+    if most is not None and not 1 <= count <= most:
         raise ValueError(f"{name} must lie between 1 and {most} ({why}), got {count}.")
     return count
 

@@ -70,7 +70,7 @@ def attach_(
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}.")
     check_module(model)
-    check_count(every, "every", 2**63 - 1, "optimizer steps from one evaluation to the next")
+    check_count(every, "every", None, "optimizer steps from one evaluation to the next")
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule must be a function of the step, got {describe(schedule)}.")
     attached: dict[int, PenaltyHandle] = optimizer.__dict__.setdefault(_HANDLES, {})

@@ -13,7 +13,7 @@ from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._linalg import decompose
 from ._matricise import FORMS
 from ._registered import name_of, penalties_of
-from ._tucker import tucker_bases, tucker_core, tucker_product
+from ._tucker import tucker_core, tucker_factors, tucker_product
 from .adaptive import Adaptation, AdaptivePenalty
 from .planning import plan_compression
 
@@ -43,7 +43,7 @@ class RankTail(AdaptivePenalty):
 
     .. math:: \tfrac12 \lVert W - P(W) \rVert_F^2, \qquad \nabla = W - P(W)
 
-    P projects onto the leading singular vectors of the planned scheme and rank, held for ``refresh_every`` steps.
+    P projects as the truncation does, to the planned scheme and rank, with bases held for ``refresh_every`` steps.
     Layers that the plan leaves dense, and those that cannot be compressed, are not penalised.
 
     Args:
@@ -93,8 +93,8 @@ class RankTail(AdaptivePenalty):
             ("strength", strength),
             ("scheme", scheme),
             ("form", form),
-            ("replan_every", check_count(replan_every, "replan_every", 2**63 - 1, "optimizer steps")),
-            ("refresh_every", check_count(refresh_every, "refresh_every", 2**63 - 1, "optimizer steps")),
+            ("replan_every", check_count(replan_every, "replan_every", None, "optimizer steps")),
+            ("refresh_every", check_count(refresh_every, "refresh_every", None, "optimizer steps")),
         ):
             object.__setattr__(self, name, value)
         check_choice(scheme, "scheme", SCHEME_OPTIONS)
@@ -215,14 +215,14 @@ class _Projection:
     def refresh(self, weight: Tensor) -> None:
         """Take the leading singular vectors of a weight, in its dtype or a wider one, and on its device."""
         if isinstance(self.rank, tuple):
-            ranks = reversed(self.rank)
-            whole: Sequence[Tensor] = tucker_bases(self._layout.to_tensors(weight))
+            outer, _, inner = tucker_factors(self._layout.to_tensors(weight), self.rank)
+            bases = [outer, inner.mT]
         else:
-            ranks, whole = iter([self.rank]), [decompose(self._layout.to_matrices(weight))[1]]
+            bases = [decompose(self._layout.to_matrices(weight))[1][..., : self.rank]]
         # Clones, or the slices would keep the whole bases in memory.
         self.bases = tuple(
-            basis[..., :rank].to(weight.device, _working(weight.dtype)).contiguous().clone()
-            for basis, rank in zip(whole, ranks, strict=True)
+            basis.to(weight.device, _working(weight.dtype), copy=True, memory_format=torch.contiguous_format)
+            for basis in bases
         )
 
     def __call__(self, weight: Tensor) -> Tensor:

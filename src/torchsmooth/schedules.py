@@ -46,7 +46,7 @@ class StrengthSchedule:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count(self.total_steps, "total_steps", 2**63 - 1, "optimizer steps of the whole training")
+        check_count(self.total_steps, "total_steps", None, "optimizer steps of the whole training")
         check_choice(self.shape, "shape", get_args(Shape))
         begin, full, end = (check_real(getattr(self, name), name) for name in ("begin", "full", "end"))
         if not 0.0 <= begin <= full <= end <= 1.0:

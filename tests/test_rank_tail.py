@@ -1,0 +1,362 @@
+"""RankTail: its gradient is what the plan will cut, its plan that of svd_compress_, its state goes into checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.networks import Tied, mlp, same, snapshot
+from tests.reference import lowrank
+from tests.strategies import fill_, randn, seeds
+from torchsmooth import (
+    NuclearNorm,
+    RankTail,
+    StrengthSchedule,
+    attach_,
+    penalty_loss,
+    plan_compression,
+    rank_tail,
+    remove_penalties,
+    restore_dense_,
+    smooth_,
+    svd_compress_,
+)
+
+SCHEMES = ("channel", "input", "spatial", "tucker", "auto")
+few = settings(max_examples=4)
+
+
+def mixed(seed=0):
+    """Convolutions, grouped and not, and linear layers."""
+    model = nn.Sequential(
+        nn.Conv2d(6, 12, 3),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, (3, 2), groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(12, 20),
+        nn.Linear(20, 4),
+    )
+    return fill_(model, seed)
+
+
+def attached(model, penalty, *, lr=1.0, **options):
+    """An optimizer with the penalty, with gradients of zero: only the penalty moves anything."""
+    smooth_(model, penalty)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    handle = attach_(optimizer, model, **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return optimizer, handle
+
+
+def weights_of(model):
+    return {name: one.detach().clone() for name, one in model.named_parameters() if one.dim() > 1}
+
+
+@pytest.mark.parametrize("form", ["factored", "auto"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@few
+@given(seed=seeds, ratio=st.sampled_from([0.3, 0.5, 0.7]))
+def test_a_whole_step_leaves_exactly_what_compression_keeps(scheme, form, seed, ratio):
+    model = mixed(seed).double()
+    expected = copy.deepcopy(model)
+    svd_compress_(expected, ratio, scheme=scheme, form=form)
+    optimizer, _ = attached(model, RankTail(ratio, 1.0, scheme=scheme, form=form))
+    optimizer.step()
+    for name, weight in weights_of(restore_dense_(expected)).items():
+        assert torch.allclose(model.get_parameter(name), weight, atol=1e-10)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:-2])
+@few
+@given(seed=seeds, strength=st.floats(0.1, 2))
+def test_the_gradient_is_the_tail_of_the_planned_rank(scheme, seed, strength):
+    model = mixed(seed).double()
+    before = weights_of(model)
+    penalty = RankTail(0.5, strength, scheme=scheme)
+    optimizer, handle = attached(model, penalty)
+    optimizer.step()
+    compressed = 0
+    for layer in handle.adaptation(penalty).plan:
+        weight = before[f"{layer.name}.weight"]
+        gradient = model.get_parameter(f"{layer.name}.weight").grad
+        if layer.rank is None:
+            assert not gradient.any()
+            continue
+        compressed += 1
+        groups = getattr(model.get_submodule(layer.name), "groups", 1)
+        kept = lowrank.truncated_weight(weight, layer.scheme, groups, layer.rank)
+        assert torch.allclose(gradient, strength * (weight - kept), atol=1e-10)
+    assert compressed
+
+
+@few
+@given(seeds)
+def test_the_value_that_completes_a_closure_is_half_the_squared_tail(seed):
+    model = mixed(seed).double()
+    optimizer, handle = attached(model, RankTail(0.5, 0.3, scheme="channel"))
+    plan = handle.adaptation(RankTail(0.5, 0.3, scheme="channel")).plan
+    sizes = {name: float(weight.square().sum()) for name, weight in weights_of(model).items()}
+    tails = [one.relative_error**2 * sizes[f"{one.name}.weight"] for one in plan]
+    loss = optimizer.step(lambda: torch.zeros((), dtype=torch.float64))
+    assert float(loss) == pytest.approx(0.15 * sum(tails), rel=1e-6)
+
+
+def test_the_plan_is_that_of_compression():
+    model = mixed()
+    _, handle = attached(model, RankTail(0.6, scheme="channel", form="factored"))
+    assert handle.adaptation(RankTail(0.6, scheme="channel", form="factored")).plan == plan_compression(
+        model, 0.6, scheme="channel", form="factored"
+    )
+
+
+def test_only_layers_with_the_penalty_are_planned_and_pulled():
+    model = mixed()
+    penalty = RankTail(0.5, 1.0)
+    smooth_(model, penalty, filter_fn=lambda _, name: name in ("0", "4"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = attach_(optimizer, model)
+    plan = handle.adaptation(penalty).plan
+    assert [layer.name for layer in plan if layer.rank is not None] == ["0", "4"]
+    before = weights_of(model)
+    optimizer.step()
+    assert {name for name, one in weights_of(model).items() if not torch.equal(one, before[name])} == {
+        "0.weight",
+        "4.weight",
+    }
+
+
+def test_what_cannot_be_compressed_is_left_alone():
+    model = fill_(nn.Sequential(nn.Embedding(30, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 1)), 0)
+    before = weights_of(model)
+    optimizer, _ = attached(model, RankTail(0.3, 1.0))
+    optimizer.step()
+    after = weights_of(model)
+    assert [name for name in before if torch.equal(before[name], after[name])] == ["0.weight", "3.weight"]
+
+
+def test_ranks_and_bases_are_renewed_when_due():
+    model = mixed()
+    plan, refresh = rank_tail.plan_compression, rank_tail._Projection.refresh
+    with (
+        patch.object(rank_tail, "plan_compression", side_effect=plan) as planned,
+        patch.object(rank_tail._Projection, "refresh", autospec=True, side_effect=refresh) as refreshed,
+    ):
+        optimizer, _ = attached(model, RankTail(0.5, 0.1, replan_every=6, refresh_every=2))
+        history = []
+        for _ in range(13):
+            optimizer.step()
+            history.append((planned.call_count, refreshed.call_count))
+    assert [one for one, _ in history] == [1] * 6 + [2] * 6 + [3]
+    assert [bool(later[1] > earlier[1]) for earlier, later in pairwise(history)] == [
+        step % 2 == 0 for step in range(1, 13)
+    ]
+
+
+def test_nothing_is_planned_anew_while_the_schedule_is_at_zero():
+    model = mixed()
+    with patch.object(rank_tail, "plan_compression", side_effect=rank_tail.plan_compression) as planned:
+        optimizer, _ = attached(
+            model, RankTail(0.5, replan_every=1), schedule=StrengthSchedule(10, begin=0.5, full=0.5)
+        )
+        before = weights_of(model)
+        for _ in range(5):
+            optimizer.step()
+        assert planned.call_count == 1
+        assert all(torch.equal(one, before[name]) for name, one in weights_of(model).items())
+        optimizer.step()
+        assert planned.call_count == 2
+    assert any(not torch.equal(one, before[name]) for name, one in weights_of(model).items())
+
+
+def test_plans_follow_the_weights():
+    model = mlp(sizes=(24, 24, 24))
+    with torch.no_grad():
+        model[0].weight.mul_(100)
+    optimizer, handle = attached(model, RankTail(0.5, 1e-6, replan_every=1))
+    tail = handle.adaptation(RankTail(0.5, 1e-6, replan_every=1))
+    first = tail.plan["2"].rank
+    with torch.no_grad():
+        model[0].weight.div_(100)
+        model[2].weight.mul_(100)
+    optimizer.step()
+    optimizer.step()
+    assert tail.plan["2"].rank is None or tail.plan["2"].rank > first
+    assert tail.plan == plan_compression(model, 0.5)
+
+
+def regression():
+    """Inputs, and a smooth function of three combinations of them."""
+    inputs = randn(96, 24, seed=0, dtype=torch.float32)
+    return inputs, torch.tanh(inputs @ randn(24, 3, seed=1).float()) @ randn(3, 1, seed=2).float()
+
+
+def trained(penalty, steps=400):
+    model, (inputs, targets) = mlp(sizes=(24, 48, 48, 1)), regression()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    if penalty is not None:
+        attach_(optimizer, smooth_(model, penalty), schedule=StrengthSchedule(steps, full=0.5))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+    return remove_penalties(model), loss.item()
+
+
+def test_after_training_the_cut_costs_almost_nothing():
+    inputs, targets = regression()
+    losses = {}
+    for name, penalty in {"plain": None, "tail": RankTail(0.7, 3.0, replan_every=50, refresh_every=10)}.items():
+        model, dense = trained(penalty)
+        svd_compress_(model, 0.7)
+        losses[name] = dense, nn.functional.mse_loss(model(inputs), targets).item()
+    dense, cut = losses["tail"]
+    assert cut < 1.5 * dense
+    assert losses["plain"][1] > 5 * cut
+    assert dense < 0.1 * float(targets.var())
+
+
+def train(model, optimizer, steps, first=0):
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        inputs = randn(8, 24, seed=step, dtype=torch.float32)
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+
+def make():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    handle = attach_(optimizer, smooth_(model, RankTail(0.5, 0.5, replan_every=7, refresh_every=3)))
+    return model, optimizer, handle
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 8])
+def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(stop):
+    model, optimizer, handle = make()
+    train(model, optimizer, stop)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), handle.state_dict()], file)
+    train(model, optimizer, 12, first=stop)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    again, other, other_handle = make()
+    for one, state in zip((again, other, other_handle), states, strict=True):
+        one.load_state_dict(state)
+    train(again, other, 12, first=stop)
+    assert all(torch.equal(one, again.get_parameter(name)) for name, one in model.named_parameters())
+    assert "torchsmooth" not in " ".join(model.state_dict())
+
+
+def test_the_state_of_another_model_is_refused():
+    _, _, handle = make()
+    other = nn.Sequential(nn.Linear(24, 24))
+    _, other_handle = attached(other, RankTail(0.5, 0.5, replan_every=7, refresh_every=3))
+    with pytest.raises(ValueError, match=r"'2\.weight'.* carry no such penalty"):
+        other_handle.load_state_dict(handle.state_dict())
+    _, different = attached(mlp(), RankTail(0.6))
+    with pytest.raises(ValueError, match=r"does not belong to this handle.*ratio=0\.6"):
+        different.load_state_dict(handle.state_dict())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), lambda model: model])
+def test_compiled_models_are_planned_inside(wrap):
+    model = mlp()
+    wrapped = wrap(model)
+    penalty = RankTail(0.5, 1.0)
+    optimizer, handle = attached(wrapped, penalty)
+    assert handle.adaptation(penalty).plan == plan_compression(model, 0.5)
+    optimizer.step()
+    assert any(bool(parameter.grad.any()) for parameter in model.parameters())
+    (state,) = handle.state_dict()["adaptive"].values()
+    assert state["layers"].keys() <= dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype_and_layout(dtype):
+    model = mixed().to(dtype, memory_format=torch.channels_last)
+    optimizer, _ = attached(model, RankTail(0.5, 0.5))
+    optimizer.step()
+    assert all(one.dtype == one.grad.dtype == dtype for one in model.parameters())
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((0,), {}, ValueError, "ratio must lie strictly between 0 and 1"),
+        ((1.0,), {}, ValueError, "ratio must lie strictly between 0 and 1"),
+        ((True,), {}, TypeError, "ratio must be"),
+        ((0.5, -1.0), {}, ValueError, "strength of RankTail must be ≥ 0"),
+        ((0.5, "0.1"), {}, TypeError, "strength of RankTail"),
+        ((0.5,), {"scheme": "chanel"}, ValueError, "scheme must be one of"),
+        ((0.5,), {"form": "dense"}, ValueError, "form must be one of"),
+        ((0.5,), {"replan_every": 0}, ValueError, r"replan_every must be at least 1 \(optimizer steps\), got 0"),
+        ((0.5,), {"refresh_every": 1.5}, TypeError, "refresh_every must be"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        RankTail(*arguments, **options)
+
+
+def test_what_cannot_be_planned_is_said_when_it_is_attached():
+    for model, ratio, message in (
+        (mlp(), 0.999, "cannot be reached"),
+        (Tied(), 0.9, "cannot be reached"),
+        (fill_(nn.Sequential(nn.Embedding(8, 8)), 0), 0.5, "nothing to compress"),
+    ):
+        smooth_(model, RankTail(ratio))
+        before, optimizer = snapshot(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=message):
+            attach_(optimizer, model)
+        assert same(before, snapshot(model))
+        assert not optimizer._optimizer_step_pre_hooks
+    with torch.no_grad():
+        model = smooth_(mlp(), RankTail(0.5))
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer '0'"):
+        attach_(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
+def test_it_needs_a_handle():
+    with pytest.raises(ValueError, match="attach_"):
+        penalty_loss(smooth_(mlp(), RankTail(0.5)))
+
+
+def test_it_goes_together_with_other_penalties():
+    model = mlp().double()
+    smooth_(model, RankTail(0.5, 1.0))
+    smooth_(model, NuclearNorm(1e-3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    attach_(optimizer, model)
+    expected = copy.deepcopy(model)
+    remove_penalties(expected)
+    other = torch.optim.SGD(smooth_(expected, NuclearNorm(1e-3)).parameters(), lr=1.0)
+    attach_(other, expected)
+    third = copy.deepcopy(expected)
+    remove_penalties(third)
+    fourth = torch.optim.SGD(smooth_(third, RankTail(0.5, 1.0)).parameters(), lr=1.0)
+    attach_(fourth, third)
+    before = weights_of(model)
+    for one in (optimizer, other, fourth):
+        one.step()
+    for name, weight in before.items():
+        moves = [weights_of(one)[name] - weight for one in (model, expected, third)]
+        assert torch.allclose(moves[0], moves[1] + moves[2], atol=1e-12)
+
+
+def test_descriptions_are_values():
+    assert RankTail(0.8) == RankTail(0.8, 0.02)
+    assert hash(RankTail(0.8)) == hash(RankTail(0.8))
+    assert RankTail(0.8) != RankTail(0.9)
+    assert repr(RankTail(0.8)).startswith("RankTail(strength=0.02, ratio=0.8")
