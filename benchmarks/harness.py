@@ -74,6 +74,20 @@ def _once(candidate: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """Record what a function does on the GPU, and return a function that replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def circumstances(device: str) -> str:
     """Say on what was measured, and when."""
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
