@@ -290,13 +290,16 @@ def test_penalties_are_frozen_and_hold_no_tensor():
     assert isinstance(penalty, penalties.Penalty)
 
 
-def test_the_readme_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    script = "\n".join(blocks)
-    compile(script, "README.md", "exec")
+def test_the_readme_and_the_page_on_training_run(tmp_path):
+    pages = ("README.md", "docs/training.md")
+    for page in pages:
+        script = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+        compile(script, page, "exec")
+        (tmp_path / f"{Path(page).stem}.py").write_text(script)
+    # One process, as most of the time goes into importing torch; each page on its own all the same.
+    run = "import runpy\nfor page in ('README', 'training'): runpy.run_path(page + '.py')"
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-W", "error", "-c", run], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
 
