@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import functional
 from ._checks import check_choice, check_real
-from ._derivatives import squared_differences_gradient
+from ._derivatives import squared_differences, squared_differences_gradient
 from ._matricise import SCHEMES, Scheme
 from ._nuclear import Matrices, alike, checked_norms_and_polars, nuclear_norms, stacked
 from ._polar import POLAR_METHODS, PolarMethod
@@ -226,7 +226,27 @@ class NuclearRatio(Penalty):
 
 
 @dataclass(frozen=True)
-class FirstDerivative(Penalty):
+class _Derivative(Penalty):
+    """Squared differences of one order, with their gradient in closed form."""
+
+    _order: ClassVar[int]
+
+    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
+        """Evaluate the penalty, without the strength, as the function of this name in :mod:`torchsmooth.functional`."""
+        return squared_differences(check_weight(weight, groups), self._order, groups, transposed=transposed)
+
+    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Evaluate the penalty and its gradient, in closed form."""
+        gradient = self.gradient(weight, groups=groups, transposed=transposed)
+        return self(weight.detach(), groups=groups, transposed=transposed), gradient
+
+    def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
+        """Return the gradient, in closed form; the differences do not care which axis holds the outputs."""
+        return squared_differences_gradient(check_weight(weight, groups), self._order, groups)
+
+
+@dataclass(frozen=True)
+class FirstDerivative(_Derivative):
     """Penalise squared differences between neighbouring channels.
 
     Args:
@@ -246,23 +266,11 @@ class FirstDerivative(Penalty):
     """
 
     strength: float = 3e-4
-
-    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-        """Evaluate the penalty, without the strength; see :func:`functional.first_derivative`."""
-        return functional.first_derivative(weight, groups=groups, transposed=transposed)
-
-    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        """Evaluate the penalty and its gradient, in closed form."""
-        gradient = self.gradient(weight, groups=groups, transposed=transposed)
-        return functional.first_derivative(weight.detach(), groups=groups, transposed=transposed), gradient
-
-    def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
-        """Return the gradient, in closed form; the differences do not care which axis holds the outputs."""
-        return squared_differences_gradient(check_weight(weight, groups), 1, groups)
+    _order: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
-class SecondDerivative(Penalty):
+class SecondDerivative(_Derivative):
     """Penalise squared second differences along the channels.
 
     Args:
@@ -282,16 +290,4 @@ class SecondDerivative(Penalty):
     """
 
     strength: float = 1e-4
-
-    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-        """Evaluate the penalty, without the strength; see :func:`functional.second_derivative`."""
-        return functional.second_derivative(weight, groups=groups, transposed=transposed)
-
-    def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        """Evaluate the penalty and its gradient, in closed form."""
-        gradient = self.gradient(weight, groups=groups, transposed=transposed)
-        return functional.second_derivative(weight.detach(), groups=groups, transposed=transposed), gradient
-
-    def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
-        """Return the gradient, in closed form; the differences do not care which axis holds the outputs."""
-        return squared_differences_gradient(check_weight(weight, groups), 2, groups)
+    _order: ClassVar[int] = 2
