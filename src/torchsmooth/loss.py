@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._checks import check_module
 from ._registered import Registered, naming, registered_in, together
+from ._sharded import settle
 from .penalties import added
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ class _ShardedPenalty(torch.autograd.Function):
         weight, groups, transposed = one.weight()
         value, gradient = one.penalty.value_and_gradient(weight, groups=groups, transposed=transposed)
         ctx.save_for_backward(one.gradient_of_tensor(gradient.to(one.tensor.dtype)))
+        ctx.tensor = one.tensor
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None]:
+        settle(ctx.tensor)
         return grad_value * ctx.saved_tensors[0], None

@@ -1,0 +1,556 @@
+"""What has to hold of penalties on two ranks; started by tests/test_distributed_penalties.py."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import importlib
+import io
+from unittest.mock import patch
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, parametrize
+
+import torchsmooth
+from tests.distributed.common import raises
+from tests.distributed.launch import everywhere, run_checks
+from tests.networks import Tied, mlp
+from tests.strategies import fill_, randn
+from torchsmooth import (
+    Constrained,
+    FirstDerivative,
+    NuclearNorm,
+    NuclearRatio,
+    RankTail,
+    SecondDerivative,
+    attach_,
+    penalty_loss,
+    smooth_,
+)
+
+CHECKS = []
+
+PENALTIES = [NuclearNorm(0.02), NuclearRatio(0.03), FirstDerivative(0.02), SecondDerivative(0.01)]
+TOKENS = torch.randint(0, 7, (8, 4), generator=torch.Generator().manual_seed(0))
+TARGETS = randn(8, 1, seed=1)
+PLACES = ("before", "after", "attach")  # of the penalty: before or after the forward pass, or by the optimizer
+
+
+class Network(nn.Module):
+    """Rows that two ranks cannot divide evenly, or not at all; groups, a transposed layer, a row that is never trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6, padding_idx=2)
+        self.grouped = nn.Conv1d(6, 8, 3, padding=1, groups=2)
+        self.transposed = nn.ConvTranspose1d(8, 5, 2)
+        self.body = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, tokens):
+        x = self.transposed(self.grouped(self.embedding(tokens).mT).tanh())
+        return self.head(self.body(x.tanh().mean(-1)))
+
+
+def network(*penalties):
+    model = fill_(Network(), 0).double()
+    with torch.no_grad():
+        model.embedding.weight[2] = 0.0
+    for penalty in penalties or PENALTIES:
+        smooth_(model, penalty)
+    return model
+
+
+OPTIMIZERS = {
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.02),
+}
+
+
+def half(rows):
+    return rows.chunk(2)[dist.get_rank()]
+
+
+def task(model, rows=TOKENS, targets=TARGETS):
+    return (model(rows) - targets).square().mean()
+
+
+def train(model, optimizer, place, loss=task, steps=10, clip=None):
+    """The loop of a user; return the handle, if there is one."""
+    handle = attach_(optimizer, model) if place == "attach" else None
+    for _ in range(steps):
+        optimizer.zero_grad()
+        terms = [penalty_loss(model)] if place == "before" else []
+        terms.append(loss(model))
+        if place == "after":
+            terms.append(penalty_loss(model))
+        sum(terms).backward()
+        if clip is not None:
+            clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return handle
+
+
+@functools.cache
+def alone(name, place="after", clip=None):
+    """The network as one process trains it, on the whole batch."""
+    model = network()
+    train(model, OPTIMIZERS[name](model), place, clip=clip)
+    return model
+
+
+def own_half(model):
+    return task(model, half(TOKENS), half(TARGETS))
+
+
+def gathered(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_same_parameters(model, expected, tolerance=1e-9):
+    found = {name.removeprefix("module."): gathered(one) for name, one in model.named_parameters()}
+    wanted = dict(expected.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        assert torch.allclose(found[name], one, rtol=0.0, atol=tolerance), (name, (found[name] - one).abs().max())
+    parts = everywhere([one.detach() for one in found.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*parts, strict=True))
+
+
+def fsdp():
+    """The module with fully_shard; it moved in torch 2.6."""
+    module = importlib.import_module("torch.distributed.fsdp")
+    return module if hasattr(module, "fully_shard") else importlib.import_module("torch.distributed._composable.fsdp")
+
+
+@functools.cache
+def mesh(*shape, names=None):
+    return init_device_mesh("cpu", shape or (2,), mesh_dim_names=names)
+
+
+def sharded(model, *, parts=True, **kwargs):
+    kwargs.setdefault("mesh", mesh())
+    if parts:
+        for part in [*model.children()][:-1]:
+            fsdp().fully_shard(part, **kwargs)
+    return fsdp().fully_shard(model, **kwargs)
+
+
+@CHECKS.append
+def ddp_trains_as_one_process():
+    for name, make in OPTIMIZERS.items():
+        for place in PLACES:
+            model = DistributedDataParallel(network())
+            train(model, make(model), place, own_half)
+            assert_same_parameters(model.module, alone(name))
+
+
+@CHECKS.append
+def the_options_of_ddp_do_not_matter():
+    for options in ({"gradient_as_bucket_view": True}, {"static_graph": True}, {"find_unused_parameters": True}):
+        for place in PLACES:
+            model = DistributedDataParallel(network(), **options)
+            train(model, OPTIMIZERS["momentum"](model), place, own_half)
+            assert_same_parameters(model.module, alone("momentum"))
+
+
+@CHECKS.append
+def ddp_counts_once_a_step_under_accumulation():
+    model = DistributedDataParallel(network())
+    optimizer = OPTIMIZERS["adamw"](model)
+    attach_(optimizer, model)
+    for _ in range(10):
+        optimizer.zero_grad()
+        for index, (rows, targets) in enumerate(zip(half(TOKENS).split(2), half(TARGETS).split(2), strict=True)):
+            with model.no_sync() if index == 0 else contextlib.nullcontext():
+                (task(model, rows, targets) / 2).backward()
+        optimizer.step()
+    assert_same_parameters(model.module, alone("adamw"))
+
+
+@CHECKS.append
+def a_layer_that_nothing_reaches_is_trained_by_attach():
+    model, expected = network(), network()
+    for one in (model, expected):
+        one.aside = fill_(nn.Linear(4, 4), 1).double()
+        smooth_(one.aside, FirstDerivative(0.1))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    train(wrapped, OPTIMIZERS["momentum"](wrapped), "attach", own_half)
+    train(expected, OPTIMIZERS["momentum"](expected), "after")
+    assert_same_parameters(model, expected)
+
+
+@CHECKS.append
+def fully_shard_trains_as_one_process():
+    for name, make in OPTIMIZERS.items():
+        for place in PLACES:
+            for parts in (True, False):
+                model = sharded(network(), parts=parts)
+                train(model, make(model), place, own_half)
+                assert_same_parameters(model, alone(name))
+
+
+@CHECKS.append
+def it_does_not_matter_what_fully_shard_leaves_gathered():
+    for keep in (False, True):
+        for place in PLACES:
+            model = sharded(network(), reshard_after_forward=not keep)
+            optimizer = OPTIMIZERS["momentum"](model)
+            with torch.no_grad():
+                model(TOKENS)  # the parameters of the root stay gathered after it
+            train(model, optimizer, place, own_half, steps=5)
+            with torch.no_grad():
+                model(TOKENS)
+            train(model, optimizer, "after" if place == "attach" else place, own_half, steps=0)
+            for handle in getattr(optimizer, "_torchsmooth_handles", {}).copy().values():
+                handle.remove()
+            train(model, optimizer, place, own_half, steps=5)
+            assert_same_parameters(model, alone("momentum"))
+
+
+@CHECKS.append
+def attach_sees_parameters_that_stay_gathered_after_the_backward_pass():
+    model, expected = sharded(network()), network()
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, expected)]
+    attach_(optimizers[0], model)
+    attach_(optimizers[1], expected)
+    model.set_reshard_after_backward(False)
+    own_half(model).backward()
+    task(expected).backward()
+    for one in optimizers:
+        one.step()
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    assert_same_parameters(model, expected)
+
+
+@CHECKS.append
+def gradients_of_shards_accumulate_and_are_clipped():
+    for place in PLACES:
+        model = sharded(network())
+        train(model, OPTIMIZERS["momentum"](model), place, own_half, clip=0.05)
+        assert_same_parameters(model, alone("momentum", "attach" if place == "attach" else "after", 0.05))
+    model = sharded(network())
+    optimizer = OPTIMIZERS["adamw"](model)
+    attach_(optimizer, model)
+    for _ in range(10):
+        optimizer.zero_grad()
+        for index, (rows, targets) in enumerate(zip(half(TOKENS).split(2), half(TARGETS).split(2), strict=True)):
+            model.set_requires_gradient_sync(index == 1)
+            (task(model, rows, targets) / 2).backward()
+        optimizer.step()
+    assert_same_parameters(model, alone("adamw"))
+
+
+@CHECKS.append
+def tied_weights_count_once():
+    def loss(model):
+        return model(half(TOKENS) if hasattr(model, "reshard") else TOKENS).square().mean()
+
+    for place in PLACES:
+        model, expected = (smooth_(smooth_(fill_(Tied(), 0).double(), NuclearNorm(0.02)), PENALTIES[2]) for _ in "12")
+        sharded(model, parts=False)
+        train(model, OPTIMIZERS["momentum"](model), place, loss)
+        train(expected, OPTIMIZERS["momentum"](expected), "after", loss)
+        assert_same_parameters(model, expected)
+
+
+@CHECKS.append
+def parametrized_weights_are_trained_through_their_parameters():
+    def build():
+        model = fill_(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), 0).double()
+        parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+        return smooth_(smooth_(model, FirstDerivative(0.1)), NuclearNorm(0.05))
+
+    rows = randn(8, 6, seed=2)
+    for place in PLACES:
+        model, expected = sharded(build()), build()
+        train(model, OPTIMIZERS["momentum"](model), place, lambda model: model(half(rows)).square().mean())
+        train(expected, OPTIMIZERS["momentum"](expected), "after", lambda model: model(rows).square().mean())
+        assert_same_parameters(model, expected)
+
+
+@CHECKS.append
+def the_penalty_is_that_of_the_master_weights():
+    policy = fsdp().MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    expected = network().float()
+    penalty_loss(expected).backward()
+    for place in PLACES:
+        model = sharded(network().float(), mp_policy=policy)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        train(model, optimizer, place, lambda model: 0.0 * model(half(TOKENS)).square().mean(), steps=1)
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            assert one.grad.dtype == torch.float32
+            wanted = torch.zeros_like(other) if other.grad is None else other.grad
+            assert torch.allclose(one.grad.full_tensor(), wanted, atol=1e-6), place
+
+
+@CHECKS.append
+def shards_may_be_offloaded_or_divided_along_another_axis():
+    tensor = importlib.import_module("torch.distributed.tensor")
+    cases = [{"offload_policy": fsdp().CPUOffloadPolicy(pin_memory=False)}]
+    cases += [{"mesh": mesh(*shape, names=("copies", "shards"))} for shape in ((1, 2), (2, 1))]
+    for options in cases:
+        for place in ("before", "attach"):
+            model = sharded(network(), **options)
+            train(model, OPTIMIZERS["momentum"](model), place, own_half)
+            assert_same_parameters(model, alone("momentum"))
+
+    def build():
+        return smooth_(smooth_(fill_(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)), 0).double(), PENALTIES[0]), PENALTIES[2])
+
+    rows = randn(8, 6, seed=2)
+    for place in ("before", "attach"):
+        model, expected = build(), build()
+        sharded(model, shard_placement_fn=lambda one: tensor.Shard(one.dim() - 1))
+        train(model, OPTIMIZERS["adamw"](model), place, lambda model: model(half(rows)).square().mean())
+        train(expected, OPTIMIZERS["adamw"](expected), "after", lambda model: model(rows).square().mean())
+        assert_same_parameters(model, expected)
+
+
+@CHECKS.append
+def tensor_parallel_layers_are_penalised_whole():
+    parallel = importlib.import_module("torch.distributed.tensor.parallel")
+    rows = randn(8, 6, seed=2)
+
+    def build():
+        return smooth_(smooth_(fill_(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), 0).double(), PENALTIES[0]), PENALTIES[3])
+
+    def divided(model, shape):
+        both = mesh(*shape, names=("data", "tensor"))
+        ways = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
+        parallel.parallelize_module(model, both["tensor"], ways)
+        return sharded(model, mesh=both["data"])
+
+    ways = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
+    makers = [
+        lambda model: parallel.parallelize_module(model, mesh(), ways),
+        lambda model: divided(model, (1, 2)),
+        lambda model: divided(model, (2, 1)),
+    ]
+    for index, make in enumerate(makers):
+        for place in PLACES:
+            model, expected = make(build()), build()
+            own = half(rows) if index == 2 else rows
+            train(model, OPTIMIZERS["momentum"](model), place, lambda model, own=own: model(own).square().mean())
+            train(expected, OPTIMIZERS["momentum"](expected), "after", lambda model: model(rows).square().mean())
+            assert_same_parameters(model, expected)
+
+
+@CHECKS.append
+def replicated_tensors_get_the_gradient_once():
+    tensor = importlib.import_module("torch.distributed.tensor")
+
+    def build():
+        return smooth_(fill_(nn.Sequential(nn.Linear(6, 4)), 0).double(), NuclearNorm(0.1))
+
+    rows = randn(8, 6, seed=2)
+    shards = tensor.distribute_tensor(rows, mesh(), [tensor.Shard(0)])
+    for place in PLACES:
+        model, expected = tensor.distribute_module(build(), mesh()), build()
+        # The gradient that comes back for a replicated weight is a sum over ranks that is yet to be made.
+        train(model, OPTIMIZERS["momentum"](model), place, lambda model: model(shards).square().mean().full_tensor())
+        train(expected, OPTIMIZERS["momentum"](expected), "after", lambda model: model(rows).square().mean())
+        assert_same_parameters(model, expected)
+
+
+def alive(shape):
+    """Whole weights of a shape, or gradients of them, that anything in Python holds."""
+    return sum(type(one) is torch.Tensor and one.shape == shape for one in gc.get_objects())
+
+
+@CHECKS.append
+def one_layer_at_a_time_is_gathered():
+    shape = torch.Size((46, 46))  # of nothing else, and even the parts have another
+    gathers = []
+    whole = torchsmooth._registered.whole
+
+    def counted(tensor):
+        gathers.append(alive(shape))
+        return whole(tensor)
+
+    for penalty in (*PENALTIES, Constrained(NuclearNorm(), 0.9, 0.1)):
+        model = smooth_(sharded(mlp(0, (46,) * 4)), penalty)
+        optimizer = OPTIMIZERS["momentum"](model)
+        gc.collect()
+        gathers.clear()
+        with patch("torchsmooth._registered.whole", counted):
+            if not isinstance(penalty, Constrained):
+                value = penalty_loss(model)
+                assert gathers == [0] * 3, (penalty, gathers)
+                nodes, held = [value.grad_fn], []
+                while nodes:
+                    node = nodes.pop()
+                    held += [one.to_local() for one in getattr(node, "saved_tensors", ()) if one.dim() > 1]
+                    nodes += [other for other, _ in node.next_functions if other is not None]
+                assert len(held) == 3
+                assert all(one.untyped_storage().nbytes() == 4 * 23 * 46 for one in held), "only parts wait"
+                value.backward()
+                gathers.clear()
+            attach_(optimizer, model)
+            optimizer.step()
+            assert gathers == [0] * 3, (penalty, gathers)
+        assert alive(shape) == 0
+
+
+@CHECKS.append
+def a_scaled_gradient_gets_a_scaled_penalty():
+    expected = network()
+    penalty_loss(expected).backward()
+    model = sharded(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.grad_scale = torch.full((), 8.0)  # as a GradScaler does for optimizers that unscale by themselves
+    attach_(optimizer, model)
+    optimizer.step()
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        if other.grad is not None:
+            assert torch.allclose(one.grad.full_tensor(), 8.0 * other.grad)
+
+
+@CHECKS.append
+def closures_are_completed():
+    model, expected = sharded(network()), network()
+    losses = []
+    for one, loss in ((model, own_half), (expected, task)):
+        optimizer = torch.optim.LBFGS(one.parameters(), lr=0.1, max_iter=3)
+        attach_(optimizer, one)
+
+        def closure(one=one, loss=loss, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = loss(one)
+            value.backward()
+            return value
+
+        losses.append(optimizer.step(closure))
+    # The loss of a rank is that of its half of the batch.
+    mean = sum(everywhere(losses[0].item())) / 2
+    assert abs(mean - losses[1].item()) < 1e-9
+    assert_same_parameters(model, expected)
+
+
+def reloaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_goes_on_from_one_process(wrap, build, loss_of_all, loss_of_half):
+    """Ten steps on one process, against five there and five on two ranks, from a checkpoint of the handle."""
+    expected = build()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.05)
+    handle = train(expected, optimizer, "attach", loss_of_all, steps=5)
+    state, middle = reloaded(handle.state_dict()), copy.deepcopy(expected)
+    model = wrap(build())
+    optimizers = torch.optim.SGD(model.parameters(), lr=0.05)
+    there = train(model, optimizers, "attach", loss_of_half, steps=5)
+    assert_same_parameters(getattr(model, "module", model), middle)
+    assert_same_state(there.state_dict(), state)
+    there.remove()
+    there = attach_(optimizers, model)
+    there.load_state_dict(state)
+    for _ in range(5):
+        for one, step, loss in ((expected, optimizer, loss_of_all), (model, optimizers, loss_of_half)):
+            step.zero_grad()
+            loss(one).backward()
+            step.step()
+    assert_same_parameters(getattr(model, "module", model), expected)
+    assert_same_state(there.state_dict(), handle.state_dict())
+    first, second = everywhere(reloaded(there.state_dict()))
+    assert_same_state(first, second, 0.0)
+    return there
+
+
+def assert_same_state(one, other, tolerance=1e-8):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), (one.keys(), other.keys())
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_same_state(*pair, tolerance)
+    elif isinstance(one, torch.Tensor):
+        assert type(one) is type(other) is torch.Tensor
+        assert torch.allclose(one, other, rtol=0.0, atol=tolerance), (one, other)
+    else:
+        assert one == other, (one, other)
+
+
+@CHECKS.append
+def constraints_hold_the_same_on_all_ranks():
+    constraint = Constrained(NuclearNorm(), bound=0.6, strength=0.3)
+    for wrap in (DistributedDataParallel, sharded):
+        handle = assert_goes_on_from_one_process(wrap, lambda: network(constraint), task, own_half)
+        multipliers = handle.state_dict()["adaptive"][repr(constraint)]["multipliers"]
+        assert any(bool(one > 0) for one in multipliers.values())
+
+
+def small():
+    return smooth_(mlp(0, (16, 16, 16, 8)).double(), RankTail(0.6, 0.1, replan_every=4, refresh_every=2))
+
+
+@CHECKS.append
+def the_tail_is_the_same_on_all_ranks_of_ddp():
+    rows = randn(8, 16, seed=4)
+    handle = assert_goes_on_from_one_process(
+        DistributedDataParallel,
+        small,
+        lambda model: model(rows).square().mean(),
+        lambda model: model(half(rows)).square().mean(),
+    )
+    (tail,) = handle._adaptations.values()
+    first, second = everywhere(str(tail.plan))
+    assert first == second
+    assert "dense" in first or "None" not in first
+
+
+@CHECKS.append
+def the_tail_of_a_sharded_model_is_refused():
+    model = sharded(small())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with raises(ValueError, "RankTail", "sharded", "DistributedDataParallel", "NuclearNorm"):
+        attach_(optimizer, model)
+    optimizer.step()
+
+
+@CHECKS.append
+def the_state_dict_is_that_of_a_model_without_penalties():
+    for wrap in (DistributedDataParallel, sharded):
+        model, plain = wrap(network()), wrap(torchsmooth.remove_penalties(network()))
+        train(model, OPTIMIZERS["momentum"](model), "attach", own_half, steps=1)
+        assert list(model.state_dict()) == list(plain.state_dict())
+        assert all(type(one) is type(plain.state_dict()[name]) for name, one in model.state_dict().items())
+        plain.load_state_dict(model.state_dict())
+        assert_same_parameters(plain, torchsmooth.remove_penalties(copy.copy(model)))
+
+
+@CHECKS.append
+def an_optimizer_made_before_sharding_is_told_so():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with raises(ValueError, "among the parameters of this SGD", "fully_shard"):
+        attach_(optimizer, sharded(model))
+
+
+@CHECKS.append
+def a_weight_that_is_not_finite_is_named_on_all_ranks():
+    model = sharded(network(NuclearNorm(0.1)))
+    with torch.no_grad():
+        model.body[2].weight.to_local().fill_(float("nan" if dist.get_rank() else "inf"))
+    with raises(ValueError, "NuclearNorm on tensor 'weight' of 'body.2'", "finite"):
+        penalty_loss(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach_(optimizer, model)
+    with raises(ValueError, "NuclearNorm on tensor 'weight' of 'body.2'", "finite"):
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    run_checks(CHECKS)
