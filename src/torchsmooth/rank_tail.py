@@ -14,6 +14,7 @@ from ._linalg import decompose
 from ._matricise import FORMS
 from ._registered import name_of, penalties_of, unwrapped
 from ._tucker import tucker_bases, tucker_core, tucker_product
+from ._whole import check_whole
 from .adaptive import Adaptation, AdaptivePenalty
 from .planning import plan_compression
 
@@ -103,6 +104,14 @@ class RankTail(AdaptivePenalty):
 
     def begin(self, model: nn.Module) -> TailPlan:
         """Make a first plan, or say why there can be none."""
+        try:
+            check_whole(unwrapped(model))
+        except ValueError as error:
+            raise ValueError(
+                "RankTail decomposes whole weights again and again, and this model is sharded or wrapped inside: train "
+                "it with DistributedDataParallel, or with a penalty that gathers one weight at a time, such as "
+                "NuclearNorm() or Constrained(NuclearNorm())."
+            ) from error
         return TailPlan(self, model)
 
 
