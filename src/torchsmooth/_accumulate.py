@@ -35,9 +35,9 @@ class Gradients:
 
     def add(self, one: Registered, gradient: Tensor, strength: float) -> None:
         """Add strength × gradient for a tensor that is wanted."""
+        tensor, gradient = one.tensor, one.gradient_of_tensor(gradient)
         if self._scale is not None:
             gradient = gradient * self._scale.to(gradient.device)
-        tensor, gradient = one.tensor, one.gradient_of_tensor(gradient)
         if tensor.is_leaf:
             _accumulate(tensor, gradient, self._factor * strength)
             return

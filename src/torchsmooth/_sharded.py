@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor, without importing that module for those who never use it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return hasattr(tensor, "full_tensor")
 
 
 def sharded_for(model: nn.Module) -> dict[int, Tensor]:
@@ -57,7 +55,10 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Take from a tensor that all processes hold the part that ``like`` holds here; nothing is sent."""
     if not is_sharded(like):
         return tensor
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - see above
+    try:
+        from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - see above
+    except ImportError:  # before torch 2.5
+        from torch.distributed._tensor import DTensor, Replicate  # noqa: PLC0415
 
     mesh = like.device_mesh  # type: ignore[attr-defined]
     everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
