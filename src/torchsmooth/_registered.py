@@ -91,6 +91,11 @@ class Registered:
 
     def weight(self) -> Weight:
         """Return what is penalised; a sharded tensor is gathered."""
+        if self.tensor.dim() < 2:  # noqa: PLR2004 - it had two axes when it was registered
+            raise ValueError(
+                f"its shape is {tuple(self.tensor.shape)} now, as that of a part in FullyShardedDataParallel, which "
+                "cannot be put together again: use fully_shard, the newer way to shard."
+            )
         tensor, untrained = whole(self.tensor), self._untrained()
         if untrained is not None:
             tensor = torch.cat([tensor[:untrained], tensor[untrained + 1 :]])
@@ -157,8 +162,8 @@ def naming(many: Sequence[Registered]) -> Iterator[None]:
 
 
 def _fails(one: Registered) -> bool:
-    tensor, groups, transposed = one.weight()
     try:
+        tensor, groups, transposed = one.weight()
         one.penalty.value_and_gradient(tensor, groups=groups, transposed=transposed)
     except (TypeError, ValueError):
         return True

@@ -58,7 +58,7 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     try:
         from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - see above
     except ImportError:  # before torch 2.5
-        from torch.distributed._tensor import DTensor, Replicate  # noqa: PLC0415
+        from torch.distributed._tensor import DTensor, Replicate  # type: ignore[attr-defined]  # noqa: PLC0415
 
     mesh = like.device_mesh  # type: ignore[attr-defined]
     everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -553,6 +553,17 @@ def the_state_dict_is_that_of_a_model_without_penalties():
 
 
 @CHECKS.append
+def flat_parts_of_weights_are_refused():
+    kind = importlib.import_module("torch.distributed.fsdp").FullyShardedDataParallel
+    flat = kind(smooth_(mlp(), NuclearNorm()), device_id=torch.device("cpu"), use_orig_params=True)
+    optimizer = torch.optim.SGD(flat.parameters(), lr=0.1)
+    attach_(optimizer, flat)
+    for call in (lambda: penalty_loss(flat), optimizer.step):
+        with raises(ValueError, "NuclearNorm on tensor 'weight'", "(Linear)", "use fully_shard"):
+            call()
+
+
+@CHECKS.append
 def an_optimizer_made_before_sharding_is_told_so():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
