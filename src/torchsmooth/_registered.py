@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ._sharded import is_sharded, part_like, whole
+from ._sharded import is_sharded, part_like, sharded_for, whole
 from ._weight import Weight
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class Registered:
 
     def weight(self) -> Weight:
         """Return what is penalised; a sharded tensor is gathered."""
+        if self.tensor.dim() < 2:  # noqa: PLR2004 - it had two axes when it was registered
+            raise ValueError(
+                f"its shape is {tuple(self.tensor.shape)} now, as that of a part in FullyShardedDataParallel, which "
+                "cannot be put together again: use fully_shard, the newer way to shard."
+            )
         tensor, untrained = whole(self.tensor), self._untrained()
         if untrained is not None:
             tensor = torch.cat([tensor[:untrained], tensor[untrained + 1 :]])
@@ -112,12 +117,25 @@ class Registered:
         return rows.pop() if len(rows) == 1 else None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return what DistributedDataParallel and torch.compile wrap: names are those of the model itself."""
+    while True:
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def registered_in(model: nn.Module) -> list[Registered]:
     """Gather what is registered in a model, with a strength above zero, in the order of its modules."""
     found: dict[tuple[int, Penalty], Registered] = {}
+    model = unwrapped(model)
+    sharded = sharded_for(model)
     for name, module in model.named_modules():
         for tensor_name, penalties in penalties_of(module).items():
             tensor = getattr(module, tensor_name)
+            tensor = sharded.get(id(tensor), tensor)
             for penalty in penalties:
                 if penalty.strength > 0.0:
                     one = found.setdefault((id(tensor), penalty), Registered(tensor, penalty))
@@ -144,8 +162,8 @@ def naming(many: Sequence[Registered]) -> Iterator[None]:
 
 
 def _fails(one: Registered) -> bool:
-    tensor, groups, transposed = one.weight()
     try:
+        tensor, groups, transposed = one.weight()
         one.penalty.value_and_gradient(tensor, groups=groups, transposed=transposed)
     except (TypeError, ValueError):
         return True

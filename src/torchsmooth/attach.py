@@ -215,6 +215,7 @@ class PenaltyHandle:
                     gradients.add(one, gradient, strength)
                     if value is not None:
                         values.append(factor * strength * value)
+                    del gradient  # or it would be held while the next weight is gathered
         gradients.finish()
         return added(values) if values else None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._checks import check_module
 from ._registered import Registered, naming, registered_in, together
+from ._sharded import settle
 from .penalties import added
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ def penalty_loss(model: nn.Module) -> Tensor:
 
     Add it to the loss of each step; :func:`torchsmooth.attach_` does the same at less cost. A weight that is shared
     between layers counts once for each different penalty. The row of an Embedding's ``padding_idx``, which is never
-    trained, is left out (unless another layer shares it). With ``fully_shard``, call it before the forward pass, on
-    every process; one layer at a time is gathered.
+    trained, is left out (unless another layer shares it). With ``fully_shard``, call it on every process, before or
+    after the forward pass; one layer at a time is gathered, and the sharded parameters are what is penalised, in their
+    own dtype.
 
     Args:
         model: a module; wrapped (DistributedDataParallel, torch.compile) or not.
@@ -77,9 +79,11 @@ class _ShardedPenalty(torch.autograd.Function):
         weight, groups, transposed = one.weight()
         value, gradient = one.penalty.value_and_gradient(weight, groups=groups, transposed=transposed)
         ctx.save_for_backward(one.gradient_of_tensor(gradient.to(one.tensor.dtype)))
+        ctx.tensor = one.tensor
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None]:
+        settle(ctx.tensor)
         return grad_value * ctx.saved_tensors[0], None

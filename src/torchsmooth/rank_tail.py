@@ -12,8 +12,9 @@ from ._checks import check_choice, check_count, check_open_unit, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._linalg import decompose
 from ._matricise import FORMS
-from ._registered import name_of, penalties_of
+from ._registered import name_of, penalties_of, unwrapped
 from ._tucker import tucker_core, tucker_factors, tucker_product
+from ._whole import check_whole
 from .adaptive import Adaptation, AdaptivePenalty
 from .planning import plan_compression
 
@@ -103,6 +104,14 @@ class RankTail(AdaptivePenalty):
 
     def begin(self, model: nn.Module) -> TailPlan:
         """Make a first plan, or say why there can be none."""
+        try:
+            check_whole(unwrapped(model))
+        except ValueError as error:
+            raise ValueError(
+                "RankTail decomposes whole weights again and again, and this model is sharded or wrapped inside: train "
+                "it with DistributedDataParallel, or with a penalty that gathers one weight at a time, such as "
+                "NuclearNorm() or Constrained(NuclearNorm())."
+            ) from error
         return TailPlan(self, model)
 
 
@@ -114,7 +123,7 @@ class TailPlan(Adaptation):
     """
 
     def __init__(self, description: RankTail, model: nn.Module) -> None:
-        self._description, self._model = description, model
+        self._description, self._model = description, unwrapped(model)
         self.plan: CompressionPlan | None = None
         self._projections: dict[str, _Projection] = {}
         self._planned_at = self._refreshed_at = 0
@@ -166,16 +175,15 @@ class TailPlan(Adaptation):
 
     def _replan(self, step: int) -> None:
         description, tensors = self._description, self._tensors()
-        inner = _unwrapped(self._model)
         self.plan = plan_compression(
-            inner,
+            self._model,
             description.ratio,
             scheme=description.scheme,
             form=description.form,
             filter_fn=lambda module, _: module in tensors,
             progress=False,
         )
-        modules = dict(inner.named_modules())
+        modules = dict(self._model.named_modules())
         self._projections = {}
         for layer in self.plan:
             if layer.choice is not None:
@@ -246,13 +254,3 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 def _layout(module: nn.Module, scheme: LayerScheme) -> Layout:
     return KINDS[type(module)].layouts(module)[scheme]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return what DistributedDataParallel and torch.compile wrap: plans are made for the model itself."""
-    while True:
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
