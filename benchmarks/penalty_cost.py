@@ -16,8 +16,8 @@ the steps. Memory is the peak of a process of its own, over that of the step wit
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-import resource
 import statistics
 import sys
 from functools import partial
@@ -123,22 +123,27 @@ class Training:
             (lambda: handle._add_gradients(1.0, with_value=False), self.every)
         ]
         for description, adaptation in handle._adaptations.items():
-            if isinstance(adaptation, torchsmooth.TailPlan) and isinstance(description, torchsmooth.RankTail):
+            if isinstance(adaptation, torchsmooth.rank_tail.TailPlan) and isinstance(description, torchsmooth.RankTail):
                 parts.append((partial(adaptation._refresh, 0), description.refresh_every))
                 parts.append((partial(adaptation._replan, 0), description.replan_every))
         return parts
 
 
 def peak_memory(network: str, penalty: str, way: str, arguments: argparse.Namespace) -> float:
-    """Return the peak of two steps in MiB: on a GPU what was allocated, otherwise the resident size of this process."""
+    """Return the peak of a step in MiB: on a GPU what was allocated, otherwise the resident size of this process."""
     training = Training(network, penalty, way, arguments)
     training.step()
     if arguments.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    training.steps()
-    if arguments.device.startswith("cuda"):
+        training.steps()
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    training.steps()
+    # Not by getrusage: there a process starts with the peak of the one that started it.
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return math.nan
+    (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak) / 2**10
 
 
 def apart(network: str, penalty: str, way: str, arguments: argparse.Namespace) -> float:

@@ -15,8 +15,9 @@ from ._weight import Weight, check_weight
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# Matrices of one shape are stacked up to so many entries: 64 MiB in single precision, and as much for the result.
-_STACKED_ENTRIES = 2**24
+# Matrices of one shape are stacked up to so many entries: 16 MiB in single precision, twice that in the double precision
+# of their decomposition. It is small matrices that gain by it.
+_STACKED_ENTRIES = 2**22
 
 
 class Matrices(NamedTuple):
