@@ -15,8 +15,8 @@ from ._weight import Weight, check_weight
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# Matrices of one shape are stacked up to so many entries: 16 MiB in single precision, twice that in the double precision
-# of their decomposition. It is small matrices that gain by it.
+# Matrices of one shape are stacked up to so many entries: 16 MiB in single precision, twice that in double precision,
+# in which they are decomposed. It is small matrices that gain by it.
 _STACKED_ENTRIES = 2**22
 
 
