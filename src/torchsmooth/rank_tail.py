@@ -12,7 +12,7 @@ from ._checks import check_choice, check_count, check_open_unit, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._linalg import decompose
 from ._matricise import FORMS
-from ._registered import name_of, penalties_of
+from ._registered import name_of, penalties_of, unwrapped
 from ._tucker import tucker_bases, tucker_core, tucker_product
 from .adaptive import Adaptation, AdaptivePenalty
 from .planning import plan_compression
@@ -166,7 +166,7 @@ class TailPlan(Adaptation):
 
     def _replan(self, step: int) -> None:
         description, tensors = self._description, self._tensors()
-        inner = _unwrapped(self._model)
+        inner = unwrapped(self._model)
         self.plan = plan_compression(
             inner,
             description.ratio,
@@ -246,13 +246,3 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 def _layout(module: nn.Module, scheme: LayerScheme) -> Layout:
     return KINDS[type(module)].layouts(module)[scheme]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return what DistributedDataParallel and torch.compile wrap: plans are made for the model itself."""
-    while True:
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
