@@ -44,17 +44,19 @@ def attach_(
         model: the model with registered penalties; wrapped (DistributedDataParallel, torch.compile) or not. Penalties
             that are registered or removed later count from the next step on.
         every: evaluate the penalties at each ``every``-th step only, with so many times the strength; at least 1.
-        schedule: a factor on all strengths as a function of the step, counted from zero, such as a
+        schedule: a factor on all strengths, finite and ≥ 0, as a function of the step, counted from zero, such as a
             :class:`torchsmooth.StrengthSchedule`; None is always one.
 
     Returns:
-        A handle: ``remove()`` undoes the call, ``state_dict()`` belongs in the training checkpoint.
+        A handle, which need not be kept: ``remove()`` undoes the call, ``state_dict()`` belongs in the training
+        checkpoint. Copied or unpickled optimizers have no hooks: attach those again.
 
     Raises:
         TypeError: if an argument is of a wrong type.
-        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model is
-            attached to this optimizer already, or ``every`` is out of range. While training: if a penalty cannot be
-            evaluated; the layer is named.
+        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model
+            or a part of it is attached to this optimizer already, or ``every`` is out of range. While training: if a
+            penalty cannot be evaluated (the layer is named), or the schedule gives no factor. The step is not taken
+            then, but some gradients may have been added.
 
     Example:
         >>> import torch, torchsmooth
@@ -93,7 +95,8 @@ class PenaltyHandle:
         model: the model whose penalties are added.
         every: steps from one evaluation to the next.
         schedule: the factor on all strengths, as a function of the step, or None.
-        step: optimizer steps taken since the call, or in the checkpoint that was loaded and since.
+        step: optimizer steps taken since the call, or in the checkpoint that was loaded and since. One that a
+            ``GradScaler`` skips does not count, except of a fused optimizer, which skips by itself.
     """
 
     def __init__(
@@ -164,8 +167,11 @@ class PenaltyHandle:
                 "the state does not belong to this handle: expected that of a handle with the adaptive penalties "
                 f"{sorted(mine)}, got {got}."
             )
-        for key, one in mine.items():
-            one.load_state_dict(adaptive[key])
+        try:
+            for key, one in mine.items():
+                one.load_state_dict(adaptive[key])
+        except KeyError as error:
+            raise ValueError(f"the state does not belong to this handle: that of {key} lacks {error}.") from error
         self.step = step
 
     def __reduce__(self) -> NoReturn:
