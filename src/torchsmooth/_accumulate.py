@@ -47,9 +47,9 @@ class Gradients:
 
     def finish(self) -> None:
         """Send the gradients of computed tensors on to the parameters that they are computed from."""
-        if not self._computed:
-            return
         parameters = list(self._trained.values())
+        if not self._computed or not parameters:
+            return
         tensors = [one.tensor for one, _ in self._computed.values()]
         try:
             found = torch.autograd.grad(
@@ -72,6 +72,6 @@ def _accumulate(parameter: Tensor, gradient: Tensor, factor: float) -> None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter, requires_grad=False).add_(gradient, alpha=factor)
     elif parameter.grad.layout != torch.strided:  # of a sparse embedding: autograd, too, makes the sum dense
-        parameter.grad = parameter.grad + factor * gradient.to(parameter.grad.dtype)
+        parameter.grad = (factor * gradient).to(parameter.grad.dtype) + parameter.grad
     else:
         parameter.grad.add_(gradient, alpha=factor)

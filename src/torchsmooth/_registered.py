@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._sharded import is_sharded, part_like, sharded_for, whole
 from ._weight import Weight
@@ -44,13 +45,28 @@ def name_of(qualified_name: str, tensor_name: str) -> str:
     return ".".join(part for part in path if part not in ("", "_orig_mod"))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return what DistributedDataParallel and torch.compile wrap."""
+    while True:
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """One registration: a tensor, as the module that it was registered on sees it."""
 
     qualified_name: str
     module: nn.Module
     tensor_name: str
+
+    @property
+    def name(self) -> str:
+        """The qualified name of the tensor."""
+        return name_of(self.qualified_name, self.tensor_name)
 
     def geometry(self, rows: int) -> tuple[int, bool, int | None]:
         """Return the groups, whether the weight is laid out as transposed, and the row that is never trained."""
@@ -60,6 +76,16 @@ class _Use:
             if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
                 return 1, False, self.module.padding_idx % rows
         return 1, False, None
+
+    def sources(self) -> list[nn.Parameter]:
+        """Return the parameter that the tensor is, or those that it may be computed from; nothing is computed."""
+        own = self.module._parameters.get(self.tensor_name)
+        if own is not None:
+            return [own]
+        if parametrize.is_parametrized(self.module, self.tensor_name):
+            parametrizations: Any = self.module.parametrizations
+            return list(parametrizations[self.tensor_name].parameters())
+        return list(self.module.parameters())
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +97,12 @@ class Registered:
 
     tensor: Tensor
     penalty: Penalty
-    uses: list[_Use] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """The qualified name of the tensor, in its first place."""
-        return name_of(self.uses[0].qualified_name, self.uses[0].tensor_name)
+        return self.uses[0].name
 
     @property
     def label(self) -> str:
@@ -117,14 +143,12 @@ class Registered:
         return rows.pop() if len(rows) == 1 else None
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return what DistributedDataParallel and torch.compile wrap: names are those of the model itself."""
-    while True:
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        inner = model.module if wrapped else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+def uses_in(model: nn.Module) -> Iterator[tuple[Use, Penalty]]:
+    """Yield every registration in a model, whatever its strength, in the order of its modules; nothing is computed."""
+    for name, module in model.named_modules():
+        for tensor_name, penalties in penalties_of(module).items():
+            for penalty in penalties:
+                yield Use(name, module, tensor_name), penalty
 
 
 def registered_in(model: nn.Module) -> list[Registered]:
@@ -139,7 +163,7 @@ def registered_in(model: nn.Module) -> list[Registered]:
             for penalty in penalties:
                 if penalty.strength > 0.0:
                     one = found.setdefault((id(tensor), penalty), Registered(tensor, penalty))
-                    one.uses.append(_Use(name, module, tensor_name))
+                    one.uses.append(Use(name, module, tensor_name))
     return list(found.values())
 
 

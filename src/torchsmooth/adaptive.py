@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ._checks import check_open_unit, describe
+from ._checks import check_open_unit, describe, quoted
+from ._registered import uses_in
 from .penalties import Penalty
 
 if TYPE_CHECKING:
@@ -116,16 +117,16 @@ class Constrained(AdaptivePenalty):
                 f"{describe(self.penalty)}."
             )
 
-    def begin(self, model: nn.Module) -> Adaptation:  # noqa: ARG002
+    def begin(self, model: nn.Module) -> Adaptation:
         """Start with all multipliers at zero."""
-        return _Multipliers(self)
+        return _Multipliers(self, model)
 
 
 class _Multipliers(Adaptation):
     """A multiplier and a bound for each weight, as scalars on its device."""
 
-    def __init__(self, description: Constrained) -> None:
-        self._description = description
+    def __init__(self, description: Constrained, model: nn.Module) -> None:
+        self._description, self._model = description, model
         self._multipliers: dict[str, Tensor] = {}
         self._bounds: dict[str, Tensor] = {}
         self._moved: set[str] = set()
@@ -153,4 +154,11 @@ class _Multipliers(Adaptation):
         return {"multipliers": dict(self._multipliers), "bounds": dict(self._bounds)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._multipliers, self._bounds = dict(state["multipliers"]), dict(state["bounds"])
+        multipliers, bounds = dict(state["multipliers"]), dict(state["bounds"])
+        unknown = bounds.keys() - {use.name for use, penalty in uses_in(self._model) if penalty == self._description}
+        if unknown:
+            raise ValueError(
+                f"the state of {self._description} is that of another model: {quoted(unknown)} carry no such penalty "
+                "in this one."
+            )
+        self._multipliers, self._bounds = multipliers, bounds

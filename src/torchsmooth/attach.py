@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ._accumulate import Gradients
-from ._checks import check_count, check_module, describe
-from ._registered import Registered, naming, registered_in, together
+from ._checks import check_count, check_module, check_real, describe
+from ._registered import Registered, naming, registered_in, together, unwrapped, uses_in
+from ._sharded import sharded_for
 from .adaptive import Adaptation, AdaptivePenalty
-from .penalties import Penalty, added
+from .penalties import added
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from torch.optim import Optimizer
 
@@ -43,17 +45,19 @@ def attach_(
         model: the model with registered penalties; wrapped (DistributedDataParallel, torch.compile) or not. Penalties
             that are registered or removed later count from the next step on.
         every: evaluate the penalties at each ``every``-th step only, with so many times the strength; at least 1.
-        schedule: a factor on all strengths as a function of the step, counted from zero, such as a
+        schedule: a factor on all strengths, finite and ≥ 0, as a function of the step, counted from zero, such as a
             :class:`torchsmooth.StrengthSchedule`; None is always one.
 
     Returns:
-        A handle: ``remove()`` undoes the call, ``state_dict()`` belongs in the training checkpoint.
+        A handle, which need not be kept: ``remove()`` undoes the call, ``state_dict()`` belongs in the training
+        checkpoint. Copied or unpickled optimizers have no hooks: attach those again.
 
     Raises:
         TypeError: if an argument is of a wrong type.
-        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model is
-            attached to this optimizer already, or ``every`` is out of range. While training: if a penalty cannot be
-            evaluated; the layer is named.
+        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model
+            or a part of it is attached to this optimizer already, or ``every`` is out of range. While training: if a
+            penalty cannot be evaluated (the layer is named), or the schedule gives no factor. The step is not taken
+            then, but some gradients may have been added.
 
     Example:
         >>> import torch, torchsmooth
@@ -70,17 +74,18 @@ def attach_(
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}.")
     check_module(model)
-    check_count(every, "every", None, "optimizer steps from one evaluation to the next")
+    every = check_count(every, "every", None, "optimizer steps from one evaluation to the next")
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule must be a function of the step, got {describe(schedule)}.")
-    attached: dict[int, PenaltyHandle] = optimizer.__dict__.setdefault(_HANDLES, {})
-    if any(other.model is model for other in attached.values()):
+    attached: dict[int, PenaltyHandle] = optimizer.__dict__.get(_HANDLES, {})
+    penalised = {use.module for use, _ in uses_in(model)}
+    if any(use.module in penalised for other in attached.values() for use, _ in uses_in(other.model)):
         raise ValueError(
-            f"this {type(model).__name__} is attached to this {type(optimizer).__name__} already, and its penalties "
-            "would count twice: call remove() on the handle of the first call."
+            f"this {type(model).__name__}, or a part of it, is attached to this {type(optimizer).__name__} already, "
+            "and its penalties would count twice: call remove() on the handle of the first call."
         )
     handle = PenaltyHandle(optimizer, model, every, schedule)
-    attached[id(handle)] = handle
+    optimizer.__dict__[_HANDLES] = attached | {id(handle): handle}
     return handle
 
 
@@ -91,7 +96,8 @@ class PenaltyHandle:
         model: the model whose penalties are added.
         every: steps from one evaluation to the next.
         schedule: the factor on all strengths, as a function of the step, or None.
-        step: optimizer steps taken since the call, or in the checkpoint that was loaded and since.
+        step: optimizer steps taken since the call, or in the checkpoint that was loaded and since. One that a
+            ``GradScaler`` skips does not count, except of a fused optimizer, which skips by itself.
     """
 
     def __init__(
@@ -99,24 +105,24 @@ class PenaltyHandle:
     ) -> None:
         self.model, self.every, self.schedule = model, every, schedule
         self.step = 0
-        self._optimizer = optimizer
+        # The names of tensors, under which a checkpoint keeps what adapts, do not depend on the wrapper.
+        self._optimizer, self._inner = optimizer, unwrapped(model)
         self._adaptations: dict[AdaptivePenalty, Adaptation] = {}
-        with torch.enable_grad():
-            registered = registered_in(model)
-        if not registered:
+        uses = [use for use, _ in uses_in(self._inner)]
+        if not uses:
             raise ValueError(
                 f"no penalty is registered in this {type(model).__name__}: call smooth_(model, penalty) or "
                 "register_penalty(module, tensor_name, penalty) first."
             )
-        if not any(map(Gradients(optimizer, 1.0).wanted, (one.tensor for one in registered))):
+        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        sharded = sharded_for(self._inner)
+        if not any(id(sharded.get(id(one), one)) in stepped for use in uses for one in use.sources()):
             raise ValueError(
-                f"none of the {len(registered)} tensors with penalties in this {type(model).__name__} is among the "
-                f"parameters of this {type(optimizer).__name__} (the first is {registered[0].name!r}): make the "
-                "optimizer from the parameters of the same model, after everything that replaces them (such as "
-                "fully_shard or svd_compress_)."
+                f"none of the tensors with penalties in this {type(model).__name__} is among the parameters of this "
+                f"{type(optimizer).__name__} (the first is {uses[0].name!r}): make the optimizer from the parameters "
+                "of the same model, after everything that replaces them (such as fully_shard or svd_compress_)."
             )
-        for one in registered:
-            self._adaptation_of(one.penalty)
+        self._begin()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -153,15 +159,29 @@ class PenaltyHandle:
         Raises:
             ValueError: if it is something else.
         """
-        adaptive, mine = state.get("adaptive"), {repr(penalty): one for penalty, one in self._adaptations.items()}
-        if not isinstance(state.get("step"), int) or not isinstance(adaptive, dict) or adaptive.keys() != mine.keys():
+        mine = {repr(penalty): one for penalty, one in self._adaptations.items()}
+        given: object = state
+        parts = given if isinstance(given, Mapping) else {}
+        step, adaptive = parts.get("step"), parts.get("adaptive")
+        if not isinstance(step, int) or not isinstance(adaptive, Mapping) or adaptive.keys() != mine.keys():
+            got = f"one with {sorted(adaptive)}" if isinstance(adaptive, Mapping) else describe(state)
             raise ValueError(
                 "the state does not belong to this handle: expected that of a handle with the adaptive penalties "
-                f"{sorted(mine)}, got one with {sorted(adaptive) if isinstance(adaptive, dict) else describe(state)}."
+                f"{sorted(mine)}, got {got}."
             )
-        for key, one in mine.items():
-            one.load_state_dict(adaptive[key])
-        self.step = state["step"]
+        try:
+            for key, one in mine.items():
+                one.load_state_dict(adaptive[key])
+        except KeyError as error:
+            raise ValueError(f"the state does not belong to this handle: that of {key} lacks {error}.") from error
+        self.step = step
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: the copy would hold an optimizer without its hooks, and do nothing."""
+        raise TypeError(
+            "a PenaltyHandle cannot be copied or pickled, as copies of an optimizer have no hooks: call "
+            "attach_(optimizer, model) for the copies, and load_state_dict(handle.state_dict()) on its handle."
+        )
 
     def __repr__(self) -> str:
         extra = "" if self.schedule is None else f", schedule={self.schedule}"
@@ -175,17 +195,17 @@ class PenaltyHandle:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add the gradients; or, where the optimizer computes them itself by a closure, see that they are added."""
         factor = self._factor()
-        if factor != 0.0:
-            for adaptation in self._adaptations.values():
-                adaptation.advance(self.step)
-        self.step += 1
-        if factor == 0.0:
-            return None
         # The optimizer itself comes first among the arguments.
         place = 1 if len(args) > 1 else None
         closure = kwargs.get("closure") if place is None else args[place]
-        if closure is None:
-            self._add_gradients(factor, with_value=False)
+        if factor != 0.0:
+            self._begin()
+            for adaptation in self._adaptations.values():
+                adaptation.advance(self.step)
+            if closure is None:
+                self._add_gradients(factor, with_value=False)
+        self.step += 1
+        if factor == 0.0 or closure is None:
             return None
 
         def completed() -> Any:
@@ -201,12 +221,18 @@ class PenaltyHandle:
     def _factor(self) -> float:
         if self.step % self.every:
             return 0.0
-        return self.every * (1.0 if self.schedule is None else float(self.schedule(self.step)))
+        if self.schedule is None:
+            return float(self.every)
+        name = f"schedule({self.step})"
+        factor = check_real(self.schedule(self.step), name)
+        if factor < 0.0:
+            raise ValueError(f"{name} must be ≥ 0, got {factor}: a negative factor would reward rough weights.")
+        return self.every * factor
 
     def _add_gradients(self, factor: float, *, with_value: bool) -> Tensor | None:
         """Add the gradients of all penalties; return the sum of their values, if wanted."""
         with torch.enable_grad():  # parametrized tensors are computed here
-            registered = registered_in(self.model)
+            registered = registered_in(self._inner)
         gradients = Gradients(self._optimizer, factor)
         values: list[Tensor] = []
         with torch.no_grad():
@@ -224,7 +250,7 @@ class PenaltyHandle:
     ) -> Iterator[tuple[Registered, Tensor | None, Tensor, float]]:
         """Value, if wanted, gradient and strength of one penalty, for each of some tensors."""
         penalty = many[0].penalty
-        adaptation = self._adaptation_of(penalty)
+        adaptation = self._adaptations.get(penalty) if isinstance(penalty, AdaptivePenalty) else None
         if adaptation is None and not with_value:
             with naming(many):
                 for index, gradient in penalty.gradients([one.weight() for one in many]):
@@ -239,9 +265,12 @@ class PenaltyHandle:
                     value, gradient = adaptation.term(one.name, weight)
             yield one, value, gradient, penalty.strength if adaptation is None else 1.0
 
-    def _adaptation_of(self, penalty: Penalty) -> Adaptation | None:
-        if not isinstance(penalty, AdaptivePenalty):
-            return None
-        if penalty not in self._adaptations:
-            self._adaptations[penalty] = penalty.begin(self.model)
-        return self._adaptations[penalty]
+    def _begin(self) -> None:
+        """Start what adapts and is registered by now, and drop what is no longer."""
+        penalties = dict.fromkeys(penalty for _, penalty in uses_in(self._inner) if penalty.strength > 0.0)
+        before = self._adaptations
+        self._adaptations = {
+            one: before[one] if one in before else one.begin(self._inner)
+            for one in penalties
+            if isinstance(one, AdaptivePenalty)
+        }
