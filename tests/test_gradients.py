@@ -30,8 +30,11 @@ few = settings(max_examples=15)
 fewer = settings(max_examples=5)
 
 
+any_kernel = st.lists(st.integers(1, 3), max_size=3)
+
+
 @st.composite
-def weights(draw, kernels=st.lists(st.integers(1, 3), max_size=3)):
+def weights(draw, kernels=any_kernel):
     """Weights of linear layers and convolutions, grouped, depthwise, transposed; every size may be 1."""
     groups, outputs, inputs = (draw(st.integers(1, most)) for most in (3, 5, 4))
     transposed = draw(st.booleans())
