@@ -46,7 +46,7 @@ def name_of(qualified_name: str, tensor_name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return what DistributedDataParallel and torch.compile wrap."""
+    """Return the module that DistributedDataParallel and torch.compile wrap: it has the tensors and their names."""
     while True:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
         inner = model.module if wrapped else getattr(model, "_orig_mod", None)

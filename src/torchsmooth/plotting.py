@@ -11,7 +11,7 @@ from ._checks import describe
 from ._linalg import working_copy
 from ._matricise import channel_view
 from ._reading import check_weight, geometry_of, read_weight
-from .registry import _unwrapped
+from ._registered import unwrapped
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -197,7 +197,7 @@ def _picture(source: object, name: str, position: Sequence[int] | None) -> Tenso
     """Return the entries to show, ``(out, in)`` in float64 on the CPU."""
     groups, transposed = 1, False
     if isinstance(source, nn.Module):
-        source = _unwrapped(source)
+        source = unwrapped(source)
         weight = read_weight(source, f"{name!r} ({type(source).__name__})")
         groups, transposed = geometry_of(source)
     elif isinstance(source, Tensor):

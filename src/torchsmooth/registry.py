@@ -13,19 +13,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, quoted
-from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of
+from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of, unwrapped
 from .penalties import Penalty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["is_penalized", "register_penalty", "remove_penalties", "smooth_"]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` wrapped: it has the weight, and the geometry that goes with it."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
 
 
 def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "") -> None:
@@ -79,7 +73,7 @@ def register_penalty(module: nn.Module, tensor_name: str, penalty: Penalty) -> n
     if not isinstance(tensor_name, str):
         raise TypeError(f"tensor_name must be a string, got {describe(tensor_name)}.")
     _check_penalty(penalty)
-    owner = _unwrapped(module)
+    owner = unwrapped(module)
     _check_target(owner, tensor_name)
     _register(owner, tensor_name, penalty)
     return module
@@ -125,7 +119,7 @@ def is_penalized(module: nn.Module, tensor_name: str | None = None) -> bool:
     check_module(module, "module")
     if tensor_name is None:
         return any(penalties_of(inner) for inner in module.modules())
-    return tensor_name in penalties_of(_unwrapped(module))
+    return tensor_name in penalties_of(unwrapped(module))
 
 
 def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Module:
@@ -156,7 +150,7 @@ def remove_penalties(module: nn.Module, tensor_name: str | None = None) -> nn.Mo
         for inner in module.modules():
             inner.__dict__.pop(ATTRIBUTE, None)
         return module
-    module, given = _unwrapped(module), module
+    module, given = unwrapped(module), module
     registered = penalties_of(module)
     if tensor_name not in registered:
         there = ", ".join(repr(name) for name in registered) or "none"

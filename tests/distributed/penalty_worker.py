@@ -3,149 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import gc
 import importlib
-import io
-import itertools
 import time
 from unittest.mock import patch
 
 import torch
-from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, parametrize
+from torch.nn.utils import parametrize
 
 import torchsmooth
-from tests.distributed.common import raises
+from tests.distributed import penalty_state_checks
 from tests.distributed.launch import everywhere, run_checks
+from tests.distributed.training import (
+    OPTIMIZERS,
+    PENALTIES,
+    PLACES,
+    TARGETS,
+    TOKENS,
+    alone,
+    assert_same_parameters,
+    fsdp,
+    gathered,
+    half,
+    mesh,
+    network,
+    own_half,
+    sharded,
+    task,
+    train,
+)
 from tests.networks import Tied, mlp
 from tests.strategies import fill_, randn
 from torchsmooth import (
     Constrained,
     FirstDerivative,
     NuclearNorm,
-    NuclearRatio,
-    RankTail,
-    SecondDerivative,
     attach_,
     penalty_loss,
-    register_penalty,
     smooth_,
 )
 
 CHECKS = []
-
-PENALTIES = [NuclearNorm(0.02), NuclearRatio(0.03), FirstDerivative(0.02), SecondDerivative(0.01)]
-TOKENS = torch.randint(0, 7, (8, 4), generator=torch.Generator().manual_seed(0))
-TARGETS = randn(8, 1, seed=1)
-PLACES = ("before", "after", "attach")  # of the penalty: before or after the forward pass, or by the optimizer
-
-
-class Network(nn.Module):
-    """Rows that two ranks cannot divide evenly, or not at all; groups, transposed ones, one that is never trained."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(7, 6, padding_idx=2)
-        self.grouped = nn.Conv1d(6, 8, 3, padding=1, groups=2)
-        self.transposed = nn.ConvTranspose1d(8, 5, 2)
-        self.body = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
-        self.head = nn.Linear(5, 1)
-
-    def forward(self, tokens):
-        x = self.transposed(self.grouped(self.embedding(tokens).mT).tanh())
-        return self.head(self.body(x.tanh().mean(-1)))
-
-
-def network(*penalties):
-    """Each layer with the next of the penalties, and the embedding with one more."""
-    model = fill_(Network(), 0).double()
-    with torch.no_grad():
-        model.embedding.weight[2] = 0.0
-    turns = itertools.cycle(penalties or PENALTIES)
-    layers = [one for one in model.modules() if getattr(one, "weight", None) is not None]
-    for layer, penalty in zip([*layers, model.embedding], turns, strict=False):
-        register_penalty(layer, "weight", penalty)
-    return model
-
-
-OPTIMIZERS = {
-    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
-    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.02),
-}
-
-
-def half(rows):
-    return rows.chunk(2)[dist.get_rank()]
-
-
-def task(model, rows=TOKENS, targets=TARGETS):
-    return (model(rows) - targets).square().mean()
-
-
-def train(model, optimizer, place, loss=task, steps=10, clip=None):
-    """The loop of a user; return the handle, if there is one."""
-    handle = attach_(optimizer, model) if place == "attach" else None
-    for _ in range(steps):
-        optimizer.zero_grad()
-        terms = [penalty_loss(model)] if place == "before" else []
-        terms.append(loss(model))
-        if place == "after":
-            terms.append(penalty_loss(model))
-        sum(terms).backward()
-        if clip is not None:
-            clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-    return handle
-
-
-@functools.cache
-def alone(name, place="after", clip=None):
-    """The network as one process trains it, on the whole batch."""
-    model = network()
-    train(model, OPTIMIZERS[name](model), place, clip=clip)
-    return model
-
-
-def own_half(model):
-    return task(model, half(TOKENS), half(TARGETS))
-
-
-def gathered(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def assert_same_parameters(model, expected, tolerance=1e-9):
-    found = {name.removeprefix("module."): gathered(one) for name, one in model.named_parameters()}
-    wanted = dict(expected.named_parameters())
-    assert found.keys() == wanted.keys()
-    for name, one in wanted.items():
-        assert torch.allclose(found[name], one, rtol=0.0, atol=tolerance), (name, (found[name] - one).abs().max())
-    parts = everywhere([one.detach() for one in found.values()])
-    assert all(torch.equal(one, other) for one, other in zip(*parts, strict=True))
-
-
-def fsdp():
-    """The module with fully_shard; it moved in torch 2.6."""
-    module = importlib.import_module("torch.distributed.fsdp")
-    return module if hasattr(module, "fully_shard") else importlib.import_module("torch.distributed._composable.fsdp")
-
-
-@functools.cache
-def mesh(*shape, names=None):
-    return init_device_mesh("cpu", shape or (2,), mesh_dim_names=names)
-
-
-def sharded(model, *, parts=True, **kwargs):
-    kwargs.setdefault("mesh", mesh())
-    if parts:
-        for part in [*model.children()][::3]:
-            fsdp().fully_shard(part, **kwargs)
-    return fsdp().fully_shard(model, **kwargs)
 
 
 @CHECKS.append
@@ -456,133 +356,7 @@ def closures_are_completed():
     assert_same_parameters(model, expected)
 
 
-def reloaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def assert_goes_on_from_one_process(wrap, build, loss_of_all, loss_of_half):
-    """Ten steps on one process, against five there and five on two ranks, from a checkpoint of the handle."""
-    expected = build()
-    optimizer = torch.optim.SGD(expected.parameters(), lr=0.05)
-    handle = train(expected, optimizer, "attach", loss_of_all, steps=5)
-    state, middle = reloaded(handle.state_dict()), copy.deepcopy(expected)
-    model = wrap(build())
-    optimizers = torch.optim.SGD(model.parameters(), lr=0.05)
-    there = train(model, optimizers, "attach", loss_of_half, steps=5)
-    assert_same_parameters(getattr(model, "module", model), middle)
-    assert_same_state(there.state_dict(), state)
-    there.remove()
-    there = attach_(optimizers, model)
-    there.load_state_dict(state)
-    for _ in range(5):
-        for one, step, loss in ((expected, optimizer, loss_of_all), (model, optimizers, loss_of_half)):
-            step.zero_grad()
-            loss(one).backward()
-            step.step()
-    assert_same_parameters(getattr(model, "module", model), expected)
-    assert_same_state(there.state_dict(), handle.state_dict())
-    first, second = everywhere(reloaded(there.state_dict()))
-    assert_same_state(first, second, 0.0)
-    return there
-
-
-def assert_same_state(one, other, tolerance=1e-8):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), (one.keys(), other.keys())
-        one, other = list(one.values()), list(other.values())
-    if isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
-            assert_same_state(*pair, tolerance)
-    elif isinstance(one, torch.Tensor):
-        assert type(one) is type(other) is torch.Tensor
-        assert torch.allclose(one, other, rtol=0.0, atol=tolerance), (one, other)
-    else:
-        assert one == other, (one, other)
-
-
-@CHECKS.append
-def constraints_hold_the_same_on_all_ranks():
-    constraint = Constrained(NuclearNorm(), bound=0.6, strength=0.3)
-    for wrap in (DistributedDataParallel, sharded):
-        handle = assert_goes_on_from_one_process(wrap, lambda: network(constraint), task, own_half)
-        multipliers = handle.state_dict()["adaptive"][repr(constraint)]["multipliers"]
-        assert any(bool(one > 0) for one in multipliers.values())
-
-
-def small():
-    return smooth_(mlp(0, (16, 16, 16, 8)).double(), RankTail(0.6, 0.1, replan_every=4, refresh_every=2))
-
-
-@CHECKS.append
-def the_tail_is_the_same_on_all_ranks_of_ddp():
-    rows = randn(8, 16, seed=4)
-    handle = assert_goes_on_from_one_process(
-        DistributedDataParallel,
-        small,
-        lambda model: model(rows).square().mean(),
-        lambda model: model(half(rows)).square().mean(),
-    )
-    (tail,) = handle._adaptations.values()
-    first, second = everywhere(str(tail.plan))
-    assert first == second
-
-
-@CHECKS.append
-def the_tail_of_a_sharded_model_is_refused():
-    model = sharded(small())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with raises(ValueError, "RankTail", "sharded", "DistributedDataParallel", "NuclearNorm"):
-        attach_(optimizer, model)
-    optimizer.step()
-
-
-@CHECKS.append
-def the_state_dict_is_that_of_a_model_without_penalties():
-    for wrap in (DistributedDataParallel, sharded):
-        model, plain = wrap(network()), wrap(torchsmooth.remove_penalties(network()))
-        train(model, OPTIMIZERS["momentum"](model), "attach", own_half, steps=1)
-        state, other = model.state_dict(), plain.state_dict()
-        assert list(state) == list(other)
-        assert all(type(one) is type(other[name]) for name, one in state.items())
-        plain.load_state_dict(state)
-        assert all(torch.equal(gathered(one), gathered(state[name])) for name, one in plain.state_dict().items())
-
-
-@CHECKS.append
-def flat_parts_of_weights_are_refused():
-    kind = importlib.import_module("torch.distributed.fsdp").FullyShardedDataParallel
-    flat = kind(smooth_(mlp(), NuclearNorm()), device_id=torch.device("cpu"), use_orig_params=True)
-    optimizer = torch.optim.SGD(flat.parameters(), lr=0.1)
-    attach_(optimizer, flat)
-    for call in (lambda: penalty_loss(flat), optimizer.step):
-        with raises(ValueError, "NuclearNorm on tensor 'weight'", "(Linear)", "use fully_shard"):
-            call()
-
-
-@CHECKS.append
-def an_optimizer_made_before_sharding_is_told_so():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with raises(ValueError, "among the parameters of this SGD", "fully_shard"):
-        attach_(optimizer, sharded(model))
-
-
-@CHECKS.append
-def a_weight_that_is_not_finite_is_named_on_all_ranks():
-    model = sharded(network(NuclearNorm(0.1)))
-    with torch.no_grad():
-        model.body[2].weight.to_local().fill_(float("nan" if dist.get_rank() else "inf"))
-    with raises(ValueError, "NuclearNorm on tensor 'weight' of 'body.2'", "finite"):
-        penalty_loss(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    attach_(optimizer, model)
-    with raises(ValueError, "NuclearNorm on tensor 'weight' of 'body.2'", "finite"):
-        optimizer.step()
-
+CHECKS += penalty_state_checks.CHECKS
 
 if __name__ == "__main__":
     run_checks(CHECKS)
