@@ -214,6 +214,17 @@ def test_frozen_parametrization_is_left_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_parametrization_frozen_in_part_is_trained_in_part():
+    def make():
+        model = smoothed(parametrizations.weight_norm(fill_(nn.Linear(6, 5).double(), 0)), FirstDerivative(0.1))
+        model.parametrizations.weight.original1.requires_grad_(requires_grad=False)
+        return model
+
+    model = agree(make)
+    assert model.parametrizations.weight.original0.grad is not None
+    assert model.parametrizations.weight.original1.grad is None
+
+
 def test_parameters_of_no_optimizer_get_no_gradient():
     model = double_layers()
     optimizer = sgd(model[2].parameters())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.utils import parametrizations
 
 from tests.networks import snapshot
@@ -112,12 +112,26 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def one_process():
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def in_parallel(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
 TAIL = RankTail(0.5, 0.05, replan_every=4, refresh_every=2)
 
 
 @pytest.mark.parametrize("penalties", [(), (CONSTRAINT,), (CONSTRAINT, NuclearRatio(0.2)), (TAIL,)])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(penalties, compiled):
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager"), in_parallel]
+)
+def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(penalties, wrap, one_process):
     options = {"every": 2, "schedule": StrengthSchedule(8)}
     through, optimizer, handle = attached(*penalties, **options)
     take(through, optimizer, range(8))
@@ -130,7 +144,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(penalties, c
     second = double_layers(1, *penalties)
     optimizer = sgd(second.parameters())
     # The names in the state are those of the model inside.
-    handle = attach_(optimizer, torch.compile(second, backend="eager") if compiled else second, **options)
+    handle = attach_(optimizer, wrap(second), **options)
     for one, state in zip((second, optimizer, handle), states, strict=True):
         one.load_state_dict(state)
     take(second, optimizer, range(3, 8))
