@@ -40,6 +40,7 @@ DEFAULT = (
     "nuclear=1e-3",
     "first=3e-4",
     "second=1e-4",
+    "tail=0.8,0.01",
     "tail=0.8,0.02",
     "tail=0.9,0.05",
 )

@@ -28,6 +28,7 @@ def counted(model, *args, **kwargs):
     return counter.get_total_flops() // 2
 
 
+@settings(max_examples=25)
 @given(seeds, st.floats(0.05, 0.7), st.sampled_from(["auto", "factored", "pivoted"]))
 def test_planned_counts_are_those_of_the_model_that_comes_out(seed, ratio, form):
     model = small_resnet(seed)
@@ -42,7 +43,7 @@ def test_planned_counts_are_those_of_the_model_that_comes_out(seed, ratio, form)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(convolutions(dtype=torch.float32), st.sampled_from(["factored", "pivoted"]), st.data())
 def test_every_choice_is_priced_exactly(case, form, data):
     conv, images = case

@@ -48,7 +48,7 @@ SIGNATURES = {
     "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
     "NuclearRatio": "(strength=0.01, scheme='channel', method='auto')",
     "Constrained": "(penalty, bound=0.5, strength=0.0001)",
-    "RankTail": "(ratio, strength=0.02, *, scheme='auto', form='auto', replan_every=400, refresh_every=40)",
+    "RankTail": "(ratio, strength=0.01, *, scheme='auto', form='auto', replan_every=400, refresh_every=40)",
     "StrengthSchedule": "(total_steps, shape='linear', begin=0.0, full=0.5, end=1.0)",
     "FirstDerivative": "(strength=0.0003)",
     "SecondDerivative": "(strength=0.0001)",

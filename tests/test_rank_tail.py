@@ -356,7 +356,7 @@ def test_it_goes_together_with_other_penalties():
 
 
 def test_descriptions_are_values():
-    assert RankTail(0.8) == RankTail(0.8, 0.02)
+    assert RankTail(0.8) == RankTail(0.8, 0.01)
     assert hash(RankTail(0.8)) == hash(RankTail(0.8))
     assert RankTail(0.8) != RankTail(0.9)
-    assert repr(RankTail(0.8)).startswith("RankTail(strength=0.02, ratio=0.8")
+    assert repr(RankTail(0.8)).startswith("RankTail(strength=0.01, ratio=0.8")
