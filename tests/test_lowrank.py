@@ -268,8 +268,8 @@ def with_values(module, value):
             "scheme must be one of 'channel'",
         ),
         (lambda: LowRankConv2d(4, 4, (3, 3, 3), 2), ValueError, r"a number or a pair, got tuple \(3, 3, 3\)"),
-        (lambda: LowRankLinear.from_linear(nn.Conv2d(4, 4, 3), 2), TypeError, "use LowRankConv2d.from_conv2d"),
-        (lambda: LowRankConv2d.from_conv2d(nn.Linear(4, 4), 2), TypeError, "use LowRankLinear.from_linear"),
+        (lambda: LowRankLinear.from_linear(nn.Conv2d(4, 4, 3), 2), TypeError, "Use LowRankConv2d.from_conv2d for that"),
+        (lambda: LowRankConv2d.from_conv2d(nn.Linear(4, 4), 2), TypeError, "Use LowRankLinear.from_linear for that"),
         (
             lambda: LowRankLinear.from_linear(with_values(nn.Linear(5, 4), float("nan")), 2),
             ValueError,

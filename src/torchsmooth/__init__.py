@@ -16,7 +16,8 @@ from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
 from .loss import penalty_loss
-from .lowrank import LowRankConv2d, LowRankLinear
+from .lowrank import LowRankLinear
+from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .penalties import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative
 from .plan import CompressionPlan
 from .planning import plan_compression, sweep
@@ -38,7 +39,9 @@ __all__ = [
     "CompressionReport",
     "Constrained",
     "FirstDerivative",
+    "LowRankConv1d",
     "LowRankConv2d",
+    "LowRankConv3d",
     "LowRankLinear",
     "NuclearNorm",
     "NuclearRatio",

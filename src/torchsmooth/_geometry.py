@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_SIZES = {1: "a number or a tuple of one", 2: "a number or a pair", 3: "a number or a triple"}
+
 _NAMES = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
@@ -21,40 +25,55 @@ def geometry_of(conv: Any) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in _NAMES}
 
 
-def spelled_out(in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **geometry: Any) -> nn.Conv2d:
+def spelled_out(
+    axes: int, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **geometry: Any
+) -> Convolution:
     """Return the dense convolution of these arguments, without memory for its weight.
 
-    torch's own class checks the arguments and spells numbers out as pairs; on the meta device that costs nothing.
+    torch's own class checks the arguments and spells numbers out for each axis; on the meta device that costs nothing.
+
+    Args:
+        axes: how many kernel axes it has, 1 … 3.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: a number, or one for each axis.
+        geometry: more arguments of ``nn.Conv2d``.
 
     Raises:
         TypeError: as ``nn.Conv2d`` does.
-        ValueError: as ``nn.Conv2d`` does, or if the kernel is no number and no pair.
+        ValueError: as ``nn.Conv2d`` does, or if the kernel has another number of axes.
     """
-    dense = nn.Conv2d(in_channels, out_channels, kernel_size, **geometry, bias=False, device="meta")  # type: ignore[arg-type]
-    if len(dense.kernel_size) != 2:  # noqa: PLR2004 - height and width
-        raise ValueError(f"kernel_size must be a number or a pair, got {describe(kernel_size)}.")
+    dense = CONVOLUTIONS[axes](in_channels, out_channels, kernel_size, **geometry, bias=False, device="meta")  # type: ignore[arg-type]
+    if len(dense.kernel_size) != axes:
+        raise ValueError(f"kernel_size must be {_SIZES[axes]}, got {describe(kernel_size)}.")
     return dense
 
 
 class HasGeometry:
-    """The attributes that say what convolution a low-rank layer stands for, by the names of ``nn.Conv2d``."""
+    """The attributes that say what convolution a low-rank layer stands for, by the names of ``nn.Conv2d``.
 
+    Attributes:
+        kernel_axes: how many axes its kernel has.
+    """
+
+    kernel_axes: ClassVar[int] = 2
     in_channels: int
     out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: str | tuple[int, int]
-    dilation: tuple[int, int]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
     padding_mode: PaddingMode
 
-    def _take_geometry_(self, dense: nn.Conv2d) -> None:
+    def _take_geometry_(self, dense: Convolution) -> None:
         for name in ("in_channels", "out_channels", "kernel_size", *_NAMES):
             setattr(self, name, getattr(dense, name))
 
     def _geometry_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+        none, one = (0,) * self.kernel_axes, (1,) * self.kernel_axes
+        for name, default in (("padding", none), ("dilation", one), ("groups", 1), ("padding_mode", "zeros")):
             value = getattr(self, name)
             text += f", {name}={value}" if value != default else ""
         return text

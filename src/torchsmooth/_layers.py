@@ -20,7 +20,8 @@ from ._sharing import Sharing
 from ._table import format_rank
 from ._tucker_layout import Layout, TuckerLayout
 from ._whole import check_whole
-from .lowrank import LowRankConv2d, LowRankLinear
+from .lowrank import LowRankLinear
+from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
@@ -46,18 +47,8 @@ class Maker(Protocol):
         """Make a layer of a rank, in a scheme and a form."""
 
 
-def _factorise_linear(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored") -> LowRankLinear:
-    return LowRankLinear.from_linear(layer, rank, form)
-
-
 def _like_linear(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored") -> LowRankLinear:
     return LowRankLinear.like(layer, rank, form)
-
-
-def _factorise_conv2d(layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored") -> LowRankLayer:
-    if scheme == "tucker":
-        return TuckerConv2d.from_conv2d(layer, rank, form)
-    return LowRankConv2d.from_conv2d(layer, rank, scheme, form)
 
 
 def _like_conv2d(layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored") -> LowRankLayer:
@@ -73,13 +64,11 @@ class LayerKind:
     Attributes:
         shape: the shape that a layer's weight has by its attributes.
         groups: number of groups of a layer.
-        factorise: ``(layer, rank, scheme, form)`` to a low-rank layer holding the truncated weight.
         like: ``(layer, rank, scheme, form)`` to a low-rank layer whose factors are still to be filled in.
     """
 
     shape: Callable[[Any], tuple[int, ...]]
     groups: Callable[[Any], int]
-    factorise: Maker
     like: Maker
 
     def layouts(self, layer: nn.Module, options: Sequence[str] = ("auto",)) -> dict[LayerScheme, Layout]:
@@ -95,19 +84,23 @@ class LayerKind:
         return layouts or {"channel": matricise(shape, "channel", self.groups(layer))}
 
 
+def _like_conv1d(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
+    return LowRankConv1d.like(layer, rank, scheme, form)
+
+
+def _like_conv3d(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
+    return LowRankConv3d.like(layer, rank, scheme, form)
+
+
+def _groups_of(layer: Any) -> int:
+    return int(layer.groups)
+
+
 KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind(
-        shape=LowRankLinear.shape_of,
-        groups=lambda _: 1,
-        factorise=_factorise_linear,
-        like=_like_linear,
-    ),
-    nn.Conv2d: LayerKind(
-        shape=LowRankConv2d.shape_of,
-        groups=lambda layer: int(layer.groups),
-        factorise=_factorise_conv2d,
-        like=_like_conv2d,
-    ),
+    nn.Linear: LayerKind(shape=LowRankLinear.shape_of, groups=lambda _: 1, like=_like_linear),
+    nn.Conv1d: LayerKind(shape=LowRankConv1d.shape_of, groups=_groups_of, like=_like_conv1d),
+    nn.Conv2d: LayerKind(shape=LowRankConv2d.shape_of, groups=_groups_of, like=_like_conv2d),
+    nn.Conv3d: LayerKind(shape=LowRankConv3d.shape_of, groups=_groups_of, like=_like_conv3d),
 }
 
 
@@ -158,11 +151,8 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     check_initialised(model)
     check_whole(model)
     if type(model) in KINDS or isinstance(model, LowRankLayer):
-        ways = {
-            nn.Linear: "LowRankLinear.from_linear(layer, rank)",
-            nn.Conv2d: "LowRankConv2d.from_conv2d(layer, rank)",
-        }
-        way = ways.get(type(model), "to_linear() or to_conv2d() of the layer")
+        name = type(model).__name__
+        way = f"LowRank{name}.from_{name.lower()}(layer, rank)" if type(model) in KINDS else "to_dense() of the layer"
         raise ValueError(
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
             f"use {way}, or wrap it in a torch.nn.Sequential."

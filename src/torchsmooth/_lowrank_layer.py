@@ -27,6 +27,9 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+# The layers of torch for which there is a LowRank class.
+_FACTORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 _Layer = TypeVar("_Layer", bound="LowRankLayer")
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -272,11 +275,13 @@ def check_rank(rank: object, matricisation: Matricisation, form: Form, whole: st
     return check_count(rank, "rank", most, whole)
 
 
-def check_source(module: nn.Module, expected: type[nn.Module], advice: str, shape_of: Any) -> nn.Parameter:
+def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) -> nn.Parameter:
     """Return the weight of a layer that is about to be factored, or say why it cannot be."""
     name = type(module).__name__
     if not isinstance(module, expected):
-        raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}. {advice}")
+        other = next((one.__name__ for one in _FACTORED if isinstance(module, one)), "")
+        advice = f" Use LowRank{other}.from_{other.lower()} for that." if other else ""
+        raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}.{advice}")
     weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
         raise ValueError(
@@ -293,9 +298,11 @@ def check_source(module: nn.Module, expected: type[nn.Module], advice: str, shap
 
 def memory_format_of(weight: Tensor) -> torch.memory_format:
     """Tell whether a weight is laid out channels_last."""
-    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)  # noqa: PLR2004
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
     # A weight with a 1×1 kernel or one input channel is both: the ordinary strides are the safe reading.
-    return torch.channels_last if last and not weight.is_contiguous() else torch.contiguous_format
+    if last is None or weight.is_contiguous() or not weight.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def inherit(layer: _Layer, dense: nn.Module, weight: nn.Parameter) -> _Layer:
@@ -335,8 +342,9 @@ def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -
         exact = tuple(working_copy(factor) for factor in layer.factors())
         limit = torch.finfo(own.dtype).max  # a product of finite factors may pass that of float16
         weight = layer.product_of(exact).clamp(-limit, limit).to(own)
-        last = any(memory_format_of(layer._factor(child)) is torch.channels_last for child in layer.factor_children)
-        weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        formats = {memory_format_of(layer._factor(child)) for child in layer.factor_children}
+        last = formats - {torch.contiguous_format}
+        weight = weight.contiguous(memory_format=last.pop() if last else torch.contiguous_format)
         dense.weight = nn.Parameter(weight, requires_grad=own.requires_grad)
         if bias is not None:
             dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._geometry import Convolution
 from ._prices import Positions
 from ._running import observing
 
@@ -34,7 +36,7 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
     Args:
         model: any model.
         inputs: arguments for it.
-        layers: Linear and Conv2d modules of it, by name.
+        layers: Linear and convolution modules of it, by name.
 
     Returns:
         The count, and the positions of each layer, all calls together; zero for a layer that is never called.
@@ -54,12 +56,16 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
 
 
 def _positions(module: nn.Module, given: Tensor, output: Tensor) -> Positions:
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, Convolution):
         rows = output.numel() // output.shape[-1]
         return Positions(rows, rows, rows, rows)
-    (high, wide), (out_high, out_wide) = given.shape[-2:], output.shape[-2:]
-    batch = given.numel() // (given.shape[-3] * high * wide)
-    return Positions(batch * high * wide, batch * out_high * wide, batch * high * out_wide, batch * out_high * out_wide)
+    axes = module.weight.dim() - 2
+    before, after = given.shape[-axes:], output.shape[-axes:]
+    batch = given.numel() // (given.shape[-1 - axes] * math.prod(before))
+    inputs, outputs = batch * math.prod(before), batch * math.prod(after)
+    if axes != 2:  # noqa: PLR2004 - only of height and width one can go without the other
+        return Positions(inputs, inputs, outputs, outputs)
+    return Positions(inputs, batch * after[0] * before[1], batch * before[0] * after[1], outputs)
 
 
 @contextmanager

@@ -1,17 +1,19 @@
 """Second moments of what goes into a layer and comes out of it, seen as the weight's matrix sees them.
 
-A convolution multiplies its weight ``(out, in · kh · kw)`` with patches of its input. Up to :data:`POSITIONS` patches
+A convolution multiplies its weight ``(out, in · kernel)`` with patches of its input. Up to :data:`POSITIONS` patches
 of each example are read, at positions drawn by a generator of their own: neighbours say much the same.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._geometry import Convolution
 from ._linalg import working_copy
 
 if TYPE_CHECKING:
@@ -135,50 +137,59 @@ def input_rows(layer: nn.Module, given: Tensor, seed: int) -> Tensor:
     """Return what the weight's matrix is multiplied with, ``(groups, rows, in / groups · kernel)``.
 
     Args:
-        layer: a Linear or Conv2d.
+        layer: a Linear or a convolution.
         given: its input.
         seed: of the positions; :func:`output_rows` with the same seed gives the outputs of the same rows.
     """
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, Convolution):
         return _drawn(_sequences(given), seed).unsqueeze(0)
-    given = given if given.dim() == 4 else given.unsqueeze(0)  # noqa: PLR2004 - a batch of images
-    given = _padded(layer, given)
-    (high, wide), (step_h, step_w), (apart_h, apart_w) = layer.kernel_size, _pair(layer.stride), _pair(layer.dilation)
-    out_high = (given.shape[-2] - apart_h * (high - 1) - 1) // step_h + 1
-    out_wide = (given.shape[-1] - apart_w * (wide - 1) - 1) // step_w + 1
-    places = drawn_positions(len(given), out_high * out_wide, seed).to(given.device)
-    down = (places // out_wide * step_h)[:, :, None, None] + apart_h * torch.arange(high, device=given.device)[:, None]
-    across = (places % out_wide * step_w)[:, :, None, None] + apart_w * torch.arange(wide, device=given.device)
-    example = torch.arange(len(given), device=given.device)[:, None, None, None]
-    patches = given.permute(0, 2, 3, 1)[example, down, across]  # (examples, positions, kh, kw, channels)
-    return _by_group(patches.flatten(0, 1).permute(0, 3, 1, 2).flatten(1), layer.groups)
+    axes = len(layer.kernel_size)
+    given = _padded(layer, given if given.dim() == axes + 2 else given.unsqueeze(0))
+    steps, apart = _each(layer.stride, axes), _each(layer.dilation, axes)
+    sizes = [
+        (whole - gap * (size - 1) - 1) // step + 1
+        for whole, size, step, gap in zip(given.shape[2:], layer.kernel_size, steps, apart, strict=True)
+    ]
+    places = drawn_positions(len(given), math.prod(sizes), seed).to(given.device)
+    example = torch.arange(len(given), device=given.device)
+    index = [example.reshape(-1, *[1] * (axes + 1))]  # (examples, positions, *kernel)
+    for axis in range(axes):
+        inner = math.prod(sizes[axis + 1 :])
+        corner = places // inner % sizes[axis] * steps[axis]
+        reach = apart[axis] * torch.arange(layer.kernel_size[axis], device=given.device)
+        along = [1] * axes
+        along[axis] = len(reach)
+        index.append(corner.reshape(*corner.shape, *[1] * axes) + reach.reshape(along))
+    patches = given.movedim(1, -1)[tuple(index)]  # (examples, positions, *kernel, channels)
+    return _by_group(patches.flatten(0, 1).movedim(-1, 1).flatten(1), layer.groups)
 
 
 def output_rows(layer: nn.Module, output: Tensor, seed: int) -> Tensor:
     """Return what comes out of the rows of :func:`input_rows`, ``(groups, rows, out / groups)``."""
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, Convolution):
         return _drawn(_sequences(output), seed).unsqueeze(0)
-    output = output if output.dim() == 4 else output.unsqueeze(0)  # noqa: PLR2004 - a batch of images
+    output = output if output.dim() == len(layer.kernel_size) + 2 else output.unsqueeze(0)
     return _by_group(_drawn(output.flatten(2).transpose(1, 2), seed), layer.groups)
 
 
-def _padded(layer: nn.Conv2d, given: Tensor) -> Tensor:
+def _padded(layer: Convolution, given: Tensor) -> Tensor:
     """Pad an input as the layer does: its padding may have been set after it was made, which only zeros follow."""
     if layer.padding_mode != "zeros":
         return F.pad(given, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     if layer.padding == "valid":
         return given
+    axes = len(layer.kernel_size)
     if layer.padding == "same":  # what is odd goes to the end
-        reach = [apart * (size - 1) for apart, size in zip(_pair(layer.dilation), layer.kernel_size, strict=True)]
+        reach = [gap * (size - 1) for gap, size in zip(_each(layer.dilation, axes), layer.kernel_size, strict=True)]
         sides = [(whole // 2, whole - whole // 2) for whole in reach]
     else:
-        sides = [(size, size) for size in _pair(layer.padding)]
-    return F.pad(given, (*sides[1], *sides[0]))
+        sides = [(size, size) for size in _each(layer.padding, axes)]
+    return F.pad(given, [size for pair in reversed(sides) for size in pair])
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    """Spell out what a layer was given after it was made: a single number is as good as two."""
-    return (value, value) if isinstance(value, int) else value
+def _each(value: Any, axes: int) -> tuple[int, ...]:
+    """Spell out what a layer was given after it was made: a single number is as good as one for each axis."""
+    return (value,) * axes if isinstance(value, int) else value
 
 
 def _by_group(rows: Tensor, groups: int) -> Tensor:

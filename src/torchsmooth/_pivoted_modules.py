@@ -82,7 +82,7 @@ def take_channels(tensor: Tensor, order: Tensor, dim: int, start: int, stop: int
     Args:
         tensor: channels along ``dim``.
         order: integers.
-        dim: -1 for a linear layer, -3 for a convolution.
+        dim: -1 for a linear layer, -3 for a convolution with two kernel axes.
         start: first of them to take.
         stop: first of them not to take.
 
@@ -90,7 +90,7 @@ def take_channels(tensor: Tensor, order: Tensor, dim: int, start: int, stop: int
         A tensor like the first, with ``stop - start`` channels.
     """
     channels = order[start:stop]
-    if dim != -1 and (tensor.stride(-3) != 1 or tensor.stride(-1) == 1):
+    if dim != -1 and (tensor.stride(dim) != 1 or tensor.stride(-1) == 1):
         return tensor.index_select(dim, channels)
     last = tensor.movedim(dim, -1)
     taken = last.reshape(-1, last.shape[-1]).index_select(1, channels)  # with two axes it is fastest by far
@@ -104,7 +104,7 @@ class ChannelMerge(Ordered):
         groups: number of groups.
         rank: number of pivots in each.
         channels: output channels of each group.
-        dim: the axis of the channels: -1 for a linear layer, -3 for a convolution.
+        dim: the axis of the channels: -1 for a linear layer, -3 for a convolution with two kernel axes.
         bias: whether there is one.
         device: device of order and bias.
         dtype: floating dtype of the bias.
@@ -141,18 +141,32 @@ class ChannelMerge(Ordered):
         if self.bias is None:
             return merged
         bias = self.bias.to(merged.dtype)  # under autocast the sum would come out in the dtype of the bias
-        return merged.add_(bias if self.dim == -1 else bias[:, None, None])  # nobody else has seen it yet
+        return merged.add_(bias.reshape(-1, *[1] * (-1 - self.dim)))  # nobody else has seen it yet
 
 
 class ChannelSplit(Ordered):
-    """Takes the input channels that are the pivots out of the others."""
+    """Takes the input channels that are the pivots out of the others.
+
+    Args:
+        groups: number of groups.
+        rank: number of pivots in each.
+        channels: input channels of each group.
+        device: device of the order.
+        dim: the axis of the channels: -3 for a convolution with two kernel axes.
+    """
 
     places = False
 
+    def __init__(
+        self, groups: int, rank: int, channels: int, device: torch.device | str | None = None, *, dim: int = -3
+    ) -> None:
+        super().__init__(groups, rank, channels, device)
+        self.dim = dim
+
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002 - the name that torch's layers use
         """Return ``groups · rank`` pivots and ``groups · (channels - rank)`` others."""
-        pivots, channels = self.groups * self.rank, self.groups * self.rows
-        return take_channels(input, self.order, -3, 0, pivots), take_channels(input, self.order, -3, pivots, channels)
+        pivots, channels, dim = self.groups * self.rank, self.groups * self.rows, self.dim
+        return take_channels(input, self.order, dim, 0, pivots), take_channels(input, self.order, dim, pivots, channels)
 
 
 class PivotedConv2d(Ordered):

@@ -54,10 +54,10 @@ class Positions(NamedTuple):
     """How many outputs of each channel a layer computes for some inputs, and what a layer in its place could.
 
     Attributes:
-        inputs: batch × height and width of the input.
-        tall: batch × height of the output × width of the input.
-        wide: batch × height of the input × width of the output.
-        outputs: batch × height and width of the output.
+        inputs: batch × all positions of the input.
+        tall: with two kernel axes, batch × height of the output × width of the input.
+        wide: with two kernel axes, batch × height of the input × width of the output.
+        outputs: batch × all positions of the output.
     """
 
     inputs: int = 0
@@ -67,8 +67,8 @@ class Positions(NamedTuple):
 
     def of_down(self, layout: Layout) -> int:
         """How many of each channel ``down`` computes: it has the stride of the kernel axes that it has."""
-        if len(layout.kernel) != 2:  # noqa: PLR2004 - a linear layer
-            return self.outputs
+        if len(layout.kernel) != 2:  # noqa: PLR2004 - height and width
+            return self.outputs if layout.down_axes or not layout.kernel else self.inputs
         by_axes = {(): self.inputs, (0,): self.tall, (1,): self.wide, (0, 1): self.outputs}
         return by_axes[layout.down_axes]
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ._lowrank_layer import LowRankLayer
-from .lowrank import LowRankConv2d, LowRankLinear
+from .lowrank import LowRankLinear
+from .lowrank_conv import LowRankConv2d
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:

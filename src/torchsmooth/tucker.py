@@ -22,7 +22,7 @@ from ._pivoting import pivoted_rows, with_identity
 from ._tucker import signed, tucker_balanced, tucker_factors, tucker_product
 from ._tucker_layout import TuckerLayout
 from ._whitening import first_factor, second_factor
-from .lowrank import LowRankConv2d
+from .lowrank_conv import LowRankConv2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,8 +103,8 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
         form: Form = "factored",
     ) -> None:
         super().__init__()
-        dense = spelled_out(
-            in_channels, out_channels, kernel_size,
+        dense: Any = spelled_out(
+            2, in_channels, out_channels, kernel_size,
             stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
         )  # fmt: skip
         check_choice(form, "form", FORMS)
@@ -123,7 +123,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             self.split = ChannelSplit(groups, r_in, layout.in_channels, device)
         down_in, up_out = in_channels - (inner if pivoted else 0), out_channels - (outer if pivoted else 0)
         self.down = nn.Conv2d(down_in, inner, 1, groups=groups, bias=False, **options)
-        self.core = nn.Conv2d(inner, outer, self.kernel_size, bias=False, **geometry_of(self), **options)
+        self.core = nn.Conv2d(inner, outer, dense.kernel_size, bias=False, **geometry_of(self), **options)
         self.up = nn.Conv2d(outer, up_out, 1, groups=groups, bias=bias and not pivoted, **options)
         if pivoted:
             self.merge = ChannelMerge(groups, r_out, layout.out_channels, dim=-3, bias=bias, **options)
@@ -180,9 +180,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if a rank is out of range, or the form unknown.
         """
-        weight = check_source(
-            conv, nn.Conv2d, "For linear layers use LowRankLinear.from_linear.", LowRankConv2d.shape_of
-        )
+        weight = check_source(conv, nn.Conv2d, LowRankConv2d.shape_of)
         layer = uninitialised(
             cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, **geometry_of(conv),
             bias=False, device=weight.device, dtype=weight.dtype, form=form,
