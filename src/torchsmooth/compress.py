@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ._targets import Target
-    from ._workpiece import Allocation, FormOption, SchemeOption
+    from ._terms import Allocation, FormOption, SchemeOption
     from .report import CompressionReport
 
 __all__ = ["restore_dense_", "svd_compress_"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._checks import check_module, check_open_unit, describe
-from ._targets import WORDS
+from ._checks import check_module, describe
+from ._terms import checked_goal, checked_ratio
 from ._workpiece import Request, Workpiece
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ._targets import Target
-    from ._workpiece import Allocation, FormOption, SchemeOption
+    from ._terms import Allocation, FormOption, SchemeOption
     from .plan import CompressionPlan
 
 __all__ = ["plan_compression", "sweep"]
@@ -111,20 +111,7 @@ def plan_compression(
 def planned(model: nn.Module, ratio: float | None, max_error: float | None, request: Request) -> CompressionPlan:
     """Make a plan; of the arguments, the first three are not checked yet."""
     check_module(model)
-    if (ratio is None) == (max_error is None):
-        raise ValueError(
-            "give either ratio (fraction to remove) or max_error (largest relative error of a layer), "
-            f"got ratio={ratio}, max_error={max_error}."
-        )
-    if ratio is not None:
-        ratio = _check_ratio(ratio, "ratio", request.target)
-    else:
-        max_error = check_open_unit(max_error, "max_error", "the largest relative error of a layer")
-        if request.target != "params":
-            raise ValueError(
-                f"max_error bounds the error of each layer, whatever that saves, so it cannot be combined with target "
-                f"{request.target!r}: give a ratio, or leave target out."
-            )
+    ratio, max_error = checked_goal(ratio, max_error, request.target)
     return Workpiece(model, request).plan(ratio, max_error)
 
 
@@ -193,12 +180,8 @@ def sweep(
         calibration=calibration,
         progress=progress,
     )
-    wanted = [_check_ratio(one, f"ratios[{index}]", target) for index, one in enumerate(ratios)]
+    wanted = [checked_ratio(one, f"ratios[{index}]", target) for index, one in enumerate(ratios)]
     if not wanted:
         raise ValueError("ratios is empty: give at least one fraction to remove, such as [0.5, 0.7].")
     workpiece = Workpiece(model, request)
     return [workpiece.plan(one) for one in wanted]
-
-
-def _check_ratio(ratio: object, name: str, target: Target) -> float:
-    return check_open_unit(ratio, name, f"the fraction of {WORDS[target].share} to remove")
