@@ -14,6 +14,7 @@ from .adaptive import Constrained
 from .attach import attach_
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
+from .checkpoint_files import compress_checkpoint
 from .compress import restore_dense_, svd_compress_
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
@@ -51,6 +52,7 @@ __all__ = [
     "StrengthSchedule",
     "TuckerConv2d",
     "attach_",
+    "compress_checkpoint",
     "functional",
     "is_penalized",
     "load_compressed_",
