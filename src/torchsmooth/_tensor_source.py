@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from ._tensor_entry import Entry
 
 INDEX = ".index.json"
-
-_DIGITS = 20  # more than the number of a layer has
 
 
 class Checkpoint:
@@ -69,8 +68,7 @@ class Checkpoint:
         """Return all keys as a reader would have them: as they were saved, or where that is by letters, by numbers."""
         if all(isinstance(file, PickleFile) for file in self.files.values()):
             return list(self.entries)
-        parts = {key: [(not part.isdigit(), part.zfill(_DIGITS)) for part in key.split(".")] for key in self.entries}
-        return sorted(parts, key=parts.__getitem__)
+        return sorted(self.entries, key=lambda key: [_numbered(part) for part in key.split(".")])
 
     def read(self, key: str) -> Tensor:
         """Return a tensor."""
@@ -184,6 +182,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return found
+
+
+def _numbered(part: str) -> tuple[int, str]:
+    """Sort numbers by value, and before words."""
+    return (int(part), "") if part.isdecimal() else (sys.maxsize, part)
 
 
 def _more(keys: list[str]) -> str:

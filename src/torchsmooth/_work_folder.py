@@ -70,12 +70,14 @@ class WorkFolder:
         return found
 
     def known(self, kind: str, name: str) -> Mapping[str, Any] | None:
-        """Return an earlier result, its tensors mapped from the file; None if there is none."""
+        """Return an earlier result, or None; factors are mapped from their file."""
         path = self._place(kind, name)
         if not path.exists():
             return None
         try:
-            found: Mapping[str, Any] = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            found: Mapping[str, Any] = torch.load(
+                str(path), map_location="cpu", weights_only=True, mmap=kind == "factors"
+            )
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
             return None  # a disk that failed: made anew
         return found

@@ -56,9 +56,10 @@ def compress_checkpoint(
     """Compress a checkpoint file without building the model, for :func:`torchsmooth.load_compressed_` to read.
 
     The tensors are those that :func:`torchsmooth.svd_compress_` would give a model with these weights, to the last bit
-    (without ``model``, unless two layers gain exactly the same by their next rank). Weights are read one at a time, and nothing in a file is ever executed. What else a file holds is copied: norms,
-    buffers, tensors of other dtypes, the metadata of safetensors; of a training checkpoint with the state dict under
-    ``"state_dict"``, ``"model"`` or ``"model_state_dict"`` also the other entries, if they hold no tensors.
+    (without ``model``, unless two layers gain exactly the same by their next rank). Weights are read one at a time, and
+    nothing in a file is ever executed. What else a file holds is copied: norms, buffers, tensors of other dtypes, the
+    metadata of safetensors; of a training checkpoint with the state dict under ``"state_dict"``, ``"model"`` or
+    ``"model_state_dict"`` also the other entries, if they hold no tensors.
 
     Without ``model``, layers are told by names and shapes: ``NAME.weight`` with two axes is a Linear, with three to
     five a convolution without groups. Names that end like those of embeddings (``wte``, ``embed_tokens``,
