@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect(asked: argparse.Namespace) -> Any:
     terms = checked_terms(
-        scheme=asked.scheme,
+        scheme=asked.scheme or "auto",
         form=asked.form,
         allocation="budget",
         target="params",
@@ -78,7 +78,7 @@ def _compress(asked: argparse.Namespace) -> Any:
         asked.out,
         asked.ratio,
         max_error=asked.max_error,
-        scheme=asked.scheme,
+        scheme=asked.scheme or "auto",
         form=asked.form,
         allocation=asked.allocation,
         rank_multiple=asked.rank_multiple,
@@ -139,12 +139,13 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         "file", help="a .safetensors file, an index of several, a folder with one of these, or what torch.save wrote"
     )
     parser.add_argument(
-        "--scheme", nargs="+", default=["auto"], metavar="S", help="auto, channel, input, spatial, tucker"
+        "--scheme",
+        action="append",
+        metavar="S",
+        help="auto (the default), channel, input, spatial or tucker; repeatable",
     )
     parser.add_argument("--form", default="auto", help="auto (the default), factored or pivoted")
-    parser.add_argument(
-        "--rank-multiple", type=int, default=1, metavar="N", help="only ranks that are multiples of this"
-    )
+    parser.add_argument("--rank-multiple", type=int, default=1, metavar="N", help="only ranks that are multiples of N")
     parser.add_argument(
         "--exclude", action="append", metavar="PATTERN", help="leave layers dense by name, such as 'head.*'; repeatable"
     )
