@@ -133,6 +133,8 @@ class _Names:
             return "depthwise, as far as its shape tells (give the model to be sure)"
         if _is_lookup(key, entry):
             return "an embedding by its name (give the model to be sure)"
+        if "norm" in _last_word(key):
+            return "a norm by its name (give the model to be sure)"
         extras = [one for one in self._under[name] if one not in {key, f"{name}.bias"}]
         if extras:
             return f"there is more than a weight and a bias: {quoted(extras)}"
@@ -157,9 +159,13 @@ class _Names:
 
 
 def _is_lookup(key: str, entry: Entry) -> bool:
-    words = [part for part in key.removesuffix(".weight").split(".") if not part.isdigit()]
     matrix = key.endswith(".weight") and len(entry.shape) == 2  # noqa: PLR2004
-    return matrix and bool(words) and _LOOKUP.search(words[-1].lower()) is not None
+    return matrix and _LOOKUP.search(_last_word(key)) is not None
+
+
+def _last_word(key: str) -> str:
+    words = [part for part in key.removesuffix(".weight").split(".") if not part.isdigit()]
+    return words[-1].lower() if words else ""
 
 
 def layers_of_model(checkpoint: Checkpoint, model: nn.Module) -> FoundLayers:

@@ -65,8 +65,8 @@ class Checkpoint:
         return INDEX if self.index is not None else self.path.suffix
 
     def ordered_keys(self) -> list[str]:
-        """Return all keys as a reader would have them: as they were saved, or where that is by letters, by numbers."""
-        if all(isinstance(file, PickleFile) for file in self.files.values()):
+        """Return all keys as a reader would have them: as they were saved, or where that is not known, by numbers."""
+        if self.index is None and self.path.suffix != ".safetensors":
             return list(self.entries)
         return sorted(self.entries, key=lambda key: [_numbered(part) for part in key.split(".")])
 
