@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KINDS = ("pickle", "nested", "safetensors", "sharded", "sharded_pickle")
 
@@ -64,6 +67,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         value.dtype == other[key].dtype
         and value.shape == other[key].shape
-        and torch.equal(value.contiguous().flatten().view(torch.uint8), other[key].contiguous().flatten().view(torch.uint8))
+        and torch.equal(
+            value.contiguous().flatten().view(torch.uint8), other[key].contiguous().flatten().view(torch.uint8)
+        )
         for key, value in one.items()
     )
+
+
+def names(folder: Path) -> list[str]:
+    """List the names in a folder, in order."""
+    return sorted(one.name for one in folder.iterdir())

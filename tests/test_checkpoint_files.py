@@ -62,9 +62,7 @@ def mixed(seed, dtype=torch.float32):
     ),
     with_model=st.booleans(),
 )
-def test_the_same_tensors_as_from_the_model_bit_for_bit(
-    tmp_path_factory, seed, dtype, kind, goal, options, with_model
-):
+def test_the_same_tensors_as_from_the_model_bit_for_bit(tmp_path_factory, seed, dtype, kind, goal, options, with_model):
     folder = tmp_path_factory.mktemp("same")
     model = mixed(seed, dtype)
     source = save(model.state_dict(), folder, kind)
@@ -209,7 +207,9 @@ def test_other_tensors_and_what_a_file_says_of_itself_are_kept(tmp_path):
         report = compress_checkpoint(save(state, tmp_path, kind), out(tmp_path, kind), 0.5)
         kept = load(out(tmp_path, kind))
         assert same({key: kept[key] for key in odd}, odd)
-        assert {one.name: one.reason for one in report.layers if one.name in ("empty", "eight", "whole", "complex")} == {
+        assert {
+            one.name: one.reason for one in report.layers if one.name in ("empty", "eight", "whole", "complex")
+        } == {
             "empty": "weight is empty",
             "eight": "weight is of torch.float8_e4m3fn",
             "whole": "weight is of torch.int8",

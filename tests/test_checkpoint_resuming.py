@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints import load, out, same, save
+from tests.checkpoints import load, names, out, same, save
 from tests.networks import mlp
 from torchsmooth import compress_checkpoint, load_compressed_, svd_compress_
 from torchsmooth._checkpoint_factors import Workshop
@@ -129,7 +129,7 @@ def test_killed_by_the_system_and_started_again(tmp_path, monkeypatch):
     report = compress_checkpoint(source, target, 0.5)
     assert (watch.counts["decompose"], watch.counts["factor"]) == (0, len(report.compressed) - 2)
     assert same(load(target), compressed())
-    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "small.safetensors"]
+    assert names(tmp_path) == ["model.safetensors", "small.safetensors"]
 
 
 def stopped(source, target, watch, *stop_at, **options):
@@ -177,7 +177,7 @@ def test_an_error_before_any_work_leaves_nothing_behind(tmp_path):
     source = save(state, tmp_path, "pickle")
     with pytest.raises(ValueError, match="1 NaN or infinite values out of 768"):
         compress_checkpoint(source, tmp_path / "small.pt", 0.5)
-    assert os.listdir(tmp_path) == ["model.pt"]
+    assert names(tmp_path) == ["model.pt"]
 
 
 def test_a_ratio_that_cannot_be_reached_costs_the_decomposition_only_once(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_ratio_that_cannot_be_reached_costs_the_decomposition_only_once(tmp_pa
         compress_checkpoint(source, tmp_path / "small.pt", 0.99)
     compress_checkpoint(source, tmp_path / "small.pt", 0.5)
     assert watch.counts["decompose"] == LAYERS
-    assert sorted(os.listdir(tmp_path)) == ["model.pt", "small.pt"]
+    assert names(tmp_path) == ["model.pt", "small.pt"]
 
 
 def test_a_damaged_result_is_made_again(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_a_folder_in_use_is_replaced_by_its_index(tmp_path, monkeypatch):
     (target / "config.json").write_text("{}")
     compress_checkpoint(source, target, 0.3)
     own = {"config.json", "model.safetensors.index.json"}
-    assert set(os.listdir(target)) == own | {"part-0.safetensors", "part-1.safetensors"}
+    assert set(names(target)) == own | {"part-0.safetensors", "part-1.safetensors"}
     before = load(target)
 
     replace, moved = os.replace, []
@@ -230,13 +230,13 @@ def test_a_folder_in_use_is_replaced_by_its_index(tmp_path, monkeypatch):
     compress_checkpoint(source, target, 0.5)
     assert (watch.counts["decompose"], watch.counts["factor"]) == (0, 0)
     assert same(load(target), compressed())
-    names = set(os.listdir(target)) - own
-    assert len(names) == 2
-    assert not names & {"part-0.safetensors", "part-1.safetensors"}
+    new = set(names(target)) - own
+    assert len(new) == 2
+    assert not new & {"part-0.safetensors", "part-1.safetensors"}
     assert same(load_compressed_(mlp(1, sizes=SIZES), target).state_dict(), compressed())
     compress_checkpoint(source, target / "model.safetensors.index.json", 0.3)  # the index may be named instead
     assert same(load(target), before)
-    assert set(os.listdir(target)) == own | {"part-0.safetensors", "part-1.safetensors"}
+    assert set(names(target)) == own | {"part-0.safetensors", "part-1.safetensors"}
 
 
 def test_an_index_may_get_a_name_of_its_own(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 _NESTED = ("state_dict", "model", "model_state_dict")
 
 # What torch.load raises, depending on how a file is broken.
-_BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+_BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
+
+# How it names what it refuses to execute.
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
 # Bytes that may be looked at before the file is mapped anew, so that those looked at need not stay in memory.
 _MAPPED = 2**26
@@ -89,30 +93,22 @@ class PickleFile:
         self._content = None
 
     def _load(self) -> Any:
+        with self.path.open("rb"):
+            pass  # who may not read it hears so from the system; what comes later is about its content
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about archives of TorchScript, which are refused right after
                 return torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=self._mapped)
-        except OSError:
-            raise
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            KeyError,
-            ValueError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        except _BROKEN as error:
             raise ValueError(self._refused(error)) from error
 
     def _refused(self, error: Exception) -> str:
         name = repr(os.fspath(self.path))
-        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
-            found = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        foreign = _FOREIGN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign:
             return (
-                f"{name} holds more than tensors and plain containers, which reading would execute ({found}): "
-                "save model.state_dict() instead, where you trust the file."
+                f"{name} holds more than tensors and plain containers: reading {foreign[1]} would execute code. Where "
+                "you trust the file, load it and save its state_dict() alone."
             )
         if "TorchScript" in str(error):
             return f"{name} is a TorchScript archive, which is a program: save model.state_dict() instead."
