@@ -15,6 +15,7 @@ from .attach import attach_
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
+from .layer_types import register_layer
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -59,6 +60,7 @@ __all__ = [
     "plot_spectra",
     "plot_weights",
     "recalibrate_batchnorm_",
+    "register_layer",
     "register_penalty",
     "remove_penalties",
     "restore_dense_",
