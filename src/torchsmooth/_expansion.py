@@ -61,14 +61,17 @@ class Expansion:
                 if not name or module in inside or module in self.reasons or not _composite(module):
                     continue
                 inside.update(module.modules())
-                reason = refusal(module, name) or sharing.of_module(module)
+                reason = refusal(module, name)
                 if not reason:
                     try:
-                        places.append(_Place(module, self._expanded(name, module, sharing)))
+                        expanded = self._expanded(name, module, sharing)
                     except ValueError as error:
                         reason = str(error).rstrip(".")
+                    reason = reason or sharing.of_module(module)
                 if reason:
                     self.reasons[module] = reason
+                else:
+                    places.append(_Place(module, expanded))
             if not places:
                 return
             self._rounds.append(places)
@@ -253,9 +256,9 @@ def _in_order(tensor: Tensor) -> bool:
 
 
 def _entries(module: nn.Module, expanded: nn.Module) -> int:
-    """Count what a layer stores of its weight: all its parameters but those that the expanded one has, too."""
-    kept = set(expanded.parameters())
-    return sum(one.numel() for one in module.parameters() if one not in kept)
+    """Count what a layer stores of its weight: all its parameters, less those of the expanded one beside its weight."""
+    others = (one for name, one in expanded.named_parameters() if name != "weight")
+    return sum(one.numel() for one in module.parameters()) - sum(one.numel() for one in others)
 
 
 def _storage(tensor: Tensor) -> int:
