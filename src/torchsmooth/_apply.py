@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ._checks import check_values
 from ._layers import KINDS, FoundLayer, find_layers, weight_of
-from ._linalg import LinAlgError, working_copy
+from ._linalg import LinAlgError, pieces, working_copy
 from ._lowrank_layer import multiply_out
 from ._options import decomposition_work, undecomposed
 from ._ranks import ALONE
@@ -166,10 +167,14 @@ def _truncate_(replacement: LowRankLayer, layer: LayerPlan, choice: Choice, modu
 
 def measured_error(dense: nn.Module, low_rank: LowRankLayer) -> float:
     """Return ‖W − Ŵ‖_F / ‖W‖_F of a layer and what takes its place, as it is stored."""
-    weight = working_copy(weight_of(dense))
-    largest = float(weight.abs().max())
+    weight = weight_of(dense).detach()
+    largest = float(working_copy(torch.maximum(weight.amax(), -weight.amin())))
     if largest == 0:
         return 0.0
-    # Divided first, or the squares of very large and very small entries would leave the range of float64.
-    difference = weight / largest - multiply_out(low_rank).to(weight) / largest
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(weight / largest))
+    missed, whole = 0.0, 0.0
+    product = multiply_out(low_rank)
+    for exact, stored in zip(pieces(weight.flatten(1)), pieces(product.flatten(1)), strict=True):
+        # Divided first, or the squares of very large and very small entries would leave the range of float64.
+        missed += float((exact / largest - stored.to(exact.device) / largest).square().sum())
+        whole += float((exact / largest).square().sum())
+    return math.sqrt(missed / whole)

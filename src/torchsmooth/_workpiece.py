@@ -17,7 +17,7 @@ from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, find_layers, weight_of, 
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS
 from ._objective import importances
-from ._options import decomposition_work, options_of, output_losses
+from ._options import bases_kept, decomposition_work, options_of, output_losses
 from ._prices import ParameterPrices
 from ._ranks import ALONE
 from ._targets import NOT_REACHED, TARGETS, WORDS, Target, needed_inputs, price_
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ._matricise import Form, LayerScheme
     from ._ranks import Team
     from ._running import Inputs
+    from ._tucker_layout import Layout
     from .layer_plan import Choice, Option
 
 Allocation = Literal["budget", "uniform"]
@@ -126,9 +127,11 @@ class Workpiece:
             check_values(weight, name)
         importance = dict(zip(weights, importances(list(weights.values())), strict=True))
         able = {one.name: one for one in found if not one.reason}
+        layouts = {name: _layouts(one, request.schemes) for name, one in able.items()}
+        kept = bases_kept(layouts)
         options = request.team.share(
-            request.team.divide({name: _work(one, request.schemes) for name, one in able.items()}),
-            lambda name: options_of(able[name], request.schemes, importance[name]),
+            request.team.divide({name: decomposition_work(several) for name, several in layouts.items()}),
+            lambda name: options_of(able[name], request.schemes, importance[name], keep_bases=name in kept),
             "Decomposing layers",
             show=request.show,
         )
@@ -300,8 +303,8 @@ def _unless_filtered(
     return found if filter_fn(found.module, found.name) else replace(found, reason=_FILTERED)
 
 
-def _work(found: FoundLayer, schemes: Sequence[str]) -> int:
-    return decomposition_work(KINDS[type(found.module)].layouts(found.module, schemes).values())
+def _layouts(found: FoundLayer, schemes: Sequence[str]) -> list[Layout]:
+    return list(KINDS[type(found.module)].layouts(found.module, schemes).values())
 
 
 def _layer_plan(found: FoundLayer, request: Request, options: Mapping[LayerScheme, Option]) -> LayerPlan:
