@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import functional
 from .adaptive import Constrained
 from .attach import attach_
+from .attention import LowRankMultiheadAttention
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
@@ -43,6 +44,7 @@ __all__ = [
     "LowRankConv2d",
     "LowRankConv3d",
     "LowRankLinear",
+    "LowRankMultiheadAttention",
     "NuclearNorm",
     "NuclearRatio",
     "RankTail",
