@@ -108,7 +108,7 @@ def nested_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Undo :func:`end_to_end`: cut a tensor into samples as long as those of ``like``, if that is nested."""
     if not like.is_nested:
         return tensor
-    return torch.nested.as_nested_tensor(list(tensor.split([len(one) for one in like.unbind()])))
+    return torch.nested.as_nested_tensor(list(torch.split(tensor, [len(one) for one in like.unbind()])))
 
 
 class ChannelMerge(Ordered):
