@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 from tests.strategies import fill_, randn, seeds
 from torchsmooth import LowRankLinear, LowRankMultiheadAttention
-from torchsmooth._expansion import own_memory_
+from torchsmooth._linear_parts import own_memory_
 
 E = 8
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._expansion import check_exact_type, copy_of, dense_parts, linear_over, multiplied_out, why_not_expandable
+from ._linear_parts import check_exact_type, copy_of, dense_parts, linear_over, multiplied_out, why_not_expandable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

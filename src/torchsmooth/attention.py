@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ._attend import attend, check_attention_inputs, renested, unnested
-from ._expansion import (
+from ._linear_parts import (
     DENSE_LINEAR,
     check_exact_type,
     copy_of,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice
-from ._expansion import check_exact_type, copy_of, dense_parts, linear_over, why_not_expandable
+from ._linear_parts import check_exact_type, copy_of, dense_parts, linear_over, why_not_expandable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
