@@ -26,8 +26,10 @@ SIGNATURES = {
     "penalty_loss": "(model)",
     "plan_compression": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "progress=None)"
     ),
+    "register_layer": "(layer_type, expand, collapse=None)",
     "recalibrate_batchnorm_": "(model, batches)",
     "register_penalty": "(module, tensor_name, penalty)",
     "remove_penalties": "(module, tensor_name=None)",
@@ -38,11 +40,13 @@ SIGNATURES = {
     "spectrum": "(model, *, ratio=0.8, scheme='channel', filter_fn=None)",
     "svd_compress_": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None, process_group=None)"
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "progress=None, process_group=None)"
     ),
     "sweep": (
         "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
-        "rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+        "rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "progress=None)"
     ),
     "attach_": "(optimizer, model, *, every=1, schedule=None)",
     "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
@@ -274,6 +278,9 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_pivoting",
         "_pivoted_modules",
         "_lowrank_layer",
+        "_computed",
+        "_expansion",
+        "layer_types",
         "lowrank",
         "_linear_parts",
         "_attend",

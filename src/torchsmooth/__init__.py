@@ -16,6 +16,7 @@ from .attention import LowRankMultiheadAttention
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
+from .layer_types import register_layer
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -69,6 +70,7 @@ __all__ = [
     "plot_spectra",
     "plot_weights",
     "recalibrate_batchnorm_",
+    "register_layer",
     "register_penalty",
     "remove_penalties",
     "restore_dense_",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._calibration import Calibration
+    from ._layers import Known
     from ._lowrank_layer import LowRankLayer
     from ._ranks import Team
     from .layer_plan import Choice, LayerPlan
@@ -44,13 +45,18 @@ class Replacements(NamedTuple):
 
 
 def replacements_for(
-    layers: Sequence[LayerPlan], model: nn.Module, calibration: Calibration | None = None, team: Team = ALONE
+    layers: Sequence[LayerPlan],
+    model: nn.Module,
+    known: Known | None = None,
+    calibration: Calibration | None = None,
+    team: Team = ALONE,
 ) -> Replacements:
     """Make what a plan puts in the place of the layers of a model, which is not changed.
 
     Args:
         layers: those of the plan.
-        model: the model planned for, or a copy of it with weights of its own.
+        model: the model planned for, or a copy of it with weights of its own; expanded.
+        known: what is known of its modules.
         calibration: batches to fit the factors to; without, they are truncated SVDs of the weights, in scheme
             ``"tucker"`` refined higher-order ones.
         team: the ranks, each with the same plan and the same model. Truncations are made by the rank that decomposed
@@ -60,7 +66,7 @@ def replacements_for(
     Raises:
         ValueError: if the plan does not fit the model, or a weight cannot be decomposed.
     """
-    targets = {found.name: found for found in find_layers(model)}
+    targets = {found.name: found for found in find_layers(model, known)}
     planned = [(layer, layer.choice) for layer in layers if layer.choice is not None]
     if not planned:
         raise ValueError("nothing to compress: every layer of this plan stays dense.")
@@ -130,10 +136,10 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
     if found.reason:
         raise ValueError(f"layer {layer.name!r} is planned to be compressed, but cannot be: {found.reason}.")
     shape = tuple(weight_of(found.module).shape)
-    if (type(found.module).__name__, shape) != (layer.type, layer.shape):
+    if (found.type, shape) != (layer.type, layer.shape):
         raise ValueError(
             f"layer {layer.name!r} is planned as {layer.type} of shape {layer.shape}, but the model has "
-            f"{type(found.module).__name__} of shape {shape}: was the plan made for another model?"
+            f"{found.type} of shape {shape}: was the plan made for another model?"
         )
     layouts = KINDS[type(found.module)].layouts(found.module)
     if layer.scheme not in layouts or layouts[layer.scheme] != layer.options[layer.scheme].matricisation:
