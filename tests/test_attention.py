@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 
 from tests.strategies import fill_, randn, seeds
 from torchsmooth import LowRankLinear, LowRankMultiheadAttention
-from torchsmooth._linear_parts import own_memory_
 
 E = 8
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -186,18 +185,6 @@ def test_taking_apart_shares_memory_and_putting_together_is_bit_for_bit(data):
             parameter.zero_()
     assert not any(parameter.any() for parameter in attention.parameters())
     assert again.out_proj.weight.any()
-
-
-def test_what_stays_dense_can_be_given_a_memory_of_its_own():
-    attention = nn.MultiheadAttention(E, 2)
-    layer = LowRankMultiheadAttention.from_attention(attention)
-    before = copy.deepcopy(layer.state_dict())
-    assert layer.k_proj.weight.untyped_storage().nbytes() == 4 * 3 * E * E
-    out = layer.out_proj.weight.data_ptr()
-    own_memory_(layer)
-    assert layer.k_proj.weight.untyped_storage().nbytes() == 4 * E * E
-    assert layer.out_proj.weight.data_ptr() == out
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
 def test_state_dict_keys_are_api():

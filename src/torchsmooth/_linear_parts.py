@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._checks import describe, quoted
-from ._lowrank_layer import _STATE_HOOKS, LowRankLayer
+from ._lowrank_layer import STATE_HOOKS, LowRankLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -48,7 +48,7 @@ def why_not_expandable(
     ]
     if extras:
         return f"it has more than its weights and biases: {quoted(extras)}"
-    if any(vars(module).get(hooks) for hooks in _STATE_HOOKS):
+    if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         return "it has state-dict hooks, which expect the keys of the dense layer"
     return "its forward was replaced on this instance" if "forward" in vars(module) else ""
 
@@ -127,17 +127,6 @@ def dense_parts(
                 f"{places[first][0]} on {places[first][1]}: bring them together with .to(dtype, device)."
             )
     return parts
-
-
-def own_memory_(module: nn.Module) -> None:
-    """Give every parameter that lies over a part of a larger memory a memory of its own.
-
-    What stays dense of a layer that was taken apart would otherwise keep all of it alive, and write it into files.
-    """
-    for parameter in module.parameters():
-        plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided
-        if plain and parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size():
-            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
 
 
 def multiplied_out(child: nn.Module, owner: str, name: str) -> Tensor:
