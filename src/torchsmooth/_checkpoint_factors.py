@@ -11,7 +11,8 @@ from ._checks import check_values
 from ._layers import KINDS, FoundLayer, weight_of
 from ._linalg import LinAlgError
 from ._objective import log_norm, relative_importances
-from ._options import options_of, undecomposed
+from ._options import bases_kept, options_of, undecomposed
+from ._prices import ParameterPrices
 from .layer_plan import LayerPlan, Option
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._checkpoint_layers import CheckpointLayer
+    from ._matricise import LayerScheme
     from ._tensor_source import Checkpoint
     from ._terms import Terms
+    from ._tucker_layout import Layout
     from .layer_plan import Choice
 
 
@@ -31,17 +34,25 @@ class Workshop:
 
     Args:
         checkpoint: where the weights are.
+        layers: all of them.
         terms: how plans are made.
         device: where the work is done.
     """
 
-    def __init__(self, checkpoint: Checkpoint, terms: Terms, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layers: Sequence[CheckpointLayer], terms: Terms, device: torch.device
+    ) -> None:
         self._checkpoint, self._terms, self._device = checkpoint, terms, device
+        layouts = {one.name: self._layouts(one) for one in layers if one.dense is not None}
+        # No basis is kept here. But where a plan for the model keeps one, singular values come from another routine of
+        # LAPACK, which rounds otherwise, and the results are to be the same to the last bit.
+        self._with_bases = bases_kept({name: list(several.values()) for name, several in layouts.items()})
 
     def name_of(self, layer: CheckpointLayer, *more: Any) -> str:
         """Name a result for a layer, so that results that could differ have different names."""
         groups = KINDS[type(layer.dense)].groups(layer.dense) if layer.dense is not None else 0
-        told = [layer.key, layer.type, layer.shape, groups, self._terms.schemes, str(self._device), *more]
+        told = [layer.key, layer.type, layer.shape, groups, layer.name in self._with_bases]
+        told += [self._terms.schemes, str(self._device), *more]
         return hashlib.sha256(json.dumps(told).encode("utf-8")).hexdigest()[:32]
 
     def decompose(self, layer: CheckpointLayer) -> dict[str, Any]:
@@ -54,7 +65,7 @@ class Workshop:
         weight = weight_of(found.module)
         try:
             check_values(weight, layer.name)
-            options = options_of(found, self._terms.schemes, 1.0)
+            options = self._options(found)
         except ValueError as error:
             raise ValueError(f"{self._checkpoint.file_of(layer.key)!r}: {error}") from error
         errors = {scheme: one.errors for scheme, one in options.items()}
@@ -75,7 +86,7 @@ class Workshop:
         try:
             # Where bases of two schemes go into a third, they come from where a plan for the model has them from.
             tucker = choice.scheme == "tucker"
-            known = options_of(found, self._terms.schemes, 1.0)["tucker"].spectrum if tucker else None
+            known = self._options(found)["tucker"].spectrum if tucker else None
             low_rank.truncate_(weight, known)
         except LinAlgError as error:
             raise undecomposed(layer.name, error) from error
@@ -87,14 +98,22 @@ class Workshop:
         }
 
     def _found(self, layer: CheckpointLayer) -> FoundLayer:
-        return FoundLayer(layer.name, layer.holding(self._checkpoint.read(layer.key).to(self._device)))
+        module = layer.holding(self._checkpoint.read(layer.key).to(self._device))
+        return FoundLayer(layer.name, module, layer.type, layer.parameters)
+
+    def _options(self, found: FoundLayer) -> dict[LayerScheme, Option]:
+        return options_of(found, self._terms.schemes, 1.0, keep_bases=found.name in self._with_bases)
+
+    def _layouts(self, layer: CheckpointLayer) -> dict[LayerScheme, Layout]:
+        return KINDS[type(layer.dense)].layouts(layer.dense, self._terms.schemes) if layer.dense is not None else {}
 
     def _plan(self, layer: CheckpointLayer, known: Mapping[str, Any] | None, importance: float) -> LayerPlan:
         options = {}
-        if known is not None and layer.dense is not None:
-            for scheme, layout in KINDS[type(layer.dense)].layouts(layer.dense, self._terms.schemes).items():
+        if known is not None:
+            for scheme, layout in self._layouts(layer).items():
                 errors: Tensor = known["errors"][scheme]
                 options[scheme] = Option(layout, errors, importance * errors, float(known["roundoff"]))
         plan = LayerPlan(layer.name, layer.type, layer.shape, options, layer.reason, forms=self._terms.forms)
         plan.parameters_before = layer.parameters
+        plan.prices = ParameterPrices(layer.parameters)
         return plan

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._checks import FLOAT_DTYPES, quoted
-from ._layers import KINDS, count_parameters, find_layers, weights_of
+from ._computed import computing
+from ._layers import count_parameters, find_layers, weights_of
+from ._lowrank_layer import LowRankLayer
 from ._planner import FILTERED
+from .layer_types import layer_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -180,14 +183,13 @@ def layers_of_model(checkpoint: Checkpoint, model: nn.Module) -> FoundLayers:
     _check_fit(entries, model, prefix, checkpoint)
     layers = []
     for one in found:
-        key, kind = f"{prefix}{one.name}.weight", type(one.module).__name__
+        key = f"{prefix}{one.name}.weight"
         weights = weights_of(one.module)
         shape = tuple(weights[0].shape) if weights else ()
-        reason = one.reason or _reason_of_module(one.module)
+        reason = _reason_of_module(one.module) or one.reason
         if not reason:
             reason = _reason_of_entry(entries[key])
-        parameters = sum(weight.numel() for weight in weights)
-        layer = CheckpointLayer(f"{prefix}{one.name}", key, kind, shape, parameters, reason)
+        layer = CheckpointLayer(f"{prefix}{one.name}", key, one.type, shape, one.parameters, reason)
         if not reason:
             has_bias = one.module._parameters.get("bias") is not None
             bias_key = f"{prefix}{one.name}.bias" if has_bias else None
@@ -197,9 +199,9 @@ def layers_of_model(checkpoint: Checkpoint, model: nn.Module) -> FoundLayers:
 
 
 def _reason_of_module(module: nn.Module) -> str:
-    if type(module) in KINDS and module._parameters.keys() == {"weight", "bias"}:
-        return ""
-    return f"{type(module).__name__} is compressed in a model only, with svd_compress_"
+    """Say whether a layer has to be written in plain ones first."""
+    composite = layer_type(module) is not None or computing(module) or isinstance(module, LowRankLayer)
+    return f"{type(module).__name__} is compressed in a model only, with svd_compress_" if composite else ""
 
 
 def _reason_of_entry(entry: Entry) -> str:

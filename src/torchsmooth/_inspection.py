@@ -119,7 +119,7 @@ def inspect(
     checkpoint: Checkpoint, found: FoundLayers, terms: Terms, ratios: Sequence[float], device: torch.device
 ) -> Inspection:
     """Decompose every layer of a checkpoint that can be, one at a time, and plan for some ratios."""
-    workshop = Workshop(checkpoint, terms, device)
+    workshop = Workshop(checkpoint, found.layers, terms, device)
     planner = planner_for(workshop, found, terms, workshop.decompose)
     layers = [_layer_view(one) for one in planner.layers]
     views = [_ratio_view(planner, ratio) for ratio in ratios]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._latency import measure_times
-from ._layers import count_parameters
 from ._macs import observe_macs
 from ._prices import MacPrices
 from ._running import as_inputs
@@ -63,6 +63,7 @@ def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
 
 def price_(
     model: nn.Module,
+    parameters: int,
     target: Target,
     inputs: Inputs | None,
     candidates: Mapping[str, tuple[LayerPlan, nn.Module]],
@@ -72,11 +73,11 @@ def price_(
 ) -> int:
     """Set the prices of the layers that can be compressed, and return what the whole model costs."""
     if target == "params" or inputs is None:
-        return count_parameters(model)
+        return parameters
     if target == "macs":
         whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
         for name, (layer, _) in candidates.items():
-            layer.prices = MacPrices(found[name], layer.parameters_before)
+            layer.prices = MacPrices(found[name], math.prod(layer.shape))
     else:
         whole, times = measure_times(model, inputs, candidates, multiple=multiple, show=show)
         for name, (layer, _) in candidates.items():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._calibration import Calibration, grouped_weight, width_of
-from ._checks import check_filter, check_values
-from ._layers import KINDS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
+from ._checks import check_choice, check_filter, check_values
+from ._computed import computing
+from ._expansion import refuse_low_rank
+from ._layers import KINDS, FoundLayer, find_layers, weight_of, weights_of
+from ._lowrank_layer import LowRankLayer
 from ._objective import importances
-from ._options import decomposition_work, options_of, output_losses
+from ._options import bases_kept, decomposition_work, options_of, output_losses
 from ._planner import FILTERED, Planner, Subject
+from ._prices import ParameterPrices
 from ._ranks import ALONE
 from ._targets import Target, needed_inputs, price_
 from ._terms import Terms, checked_terms
@@ -21,11 +25,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ._expansion import Expansion
     from ._matricise import LayerScheme
     from ._ranks import Team
     from ._running import Inputs
+    from ._tucker_layout import Layout
     from .layer_plan import Option
     from .plan import CompressionPlan
+
+Computed = Literal["keep", "merge"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Request(Terms):
     filter_fn: Callable[[nn.Module, str], bool] | None
     calibration: Calibration | None
     team: Team
+    parametrized: Computed
 
     @classmethod
     def of(
@@ -46,16 +55,30 @@ class Request(Terms):
         filter_fn: Callable[[nn.Module, str], bool] | None,
         progress: bool | None,
         calibration: Any,
+        parametrized: Computed = "keep",
         team: Team = ALONE,
         **options: Any,
     ) -> Request:
         """Check what a user asks for; ``options`` are the other arguments of :func:`checked_terms`."""
         terms = checked_terms(target=target, progress=progress, **options)
+        check_choice(parametrized, "parametrized", get_args(Computed))
         check_filter(filter_fn)
         inputs = needed_inputs(target, example_inputs)
         show = team.shown(progress)
         kept = Calibration.of(calibration, show, team)
-        return cls(**vars(terms) | {"show": show}, inputs=inputs, filter_fn=filter_fn, calibration=kept, team=team)
+        own = {"inputs": inputs, "filter_fn": filter_fn, "calibration": kept, "team": team}
+        return cls(**vars(terms) | {"show": show} | own, parametrized=parametrized)
+
+    def refusal(self, module: nn.Module, name: str) -> str:
+        """Say why a composite layer is not to be written in plain ones; empty if it is."""
+        if self.filter_fn is not None and not self.filter_fn(module, name):
+            return FILTERED
+        computed = computing(module)
+        if computed and self.parametrized == "keep":
+            return f"{computed} (parametrized='merge' compresses what is computed)"
+        if isinstance(module, LowRankLayer) and self.target != "params":
+            return refuse_low_rank(module, f"target {self.target!r} compresses no layer twice: restore_dense_ it first")
+        return ""
 
 
 class Workpiece:
@@ -64,22 +87,25 @@ class Workpiece:
     Among several ranks, layers are decomposed by one rank each, and the first one decides: it prices and it plans.
 
     Args:
-        model: the model.
+        model: the model, expanded.
         request: what was asked for.
+        expansion: what was expanded in it.
     """
 
-    def __init__(self, model: nn.Module, request: Request) -> None:
+    def __init__(self, model: nn.Module, request: Request, expansion: Expansion) -> None:
         self.model, self.request = model, request
-        found = [_unless_filtered(one, request.filter_fn) for one in find_layers(model)]
-        self.parameters = count_parameters(model)
+        found = [_unless_filtered(one, request.filter_fn, expansion) for one in find_layers(model, expansion)]
+        self.parameters = expansion.parameters
         weights = {one.name: weight_of(one.module) for one in found if not one.reason}
         for name, weight in weights.items():
             check_values(weight, name)
         importance = dict(zip(weights, importances(list(weights.values())), strict=True))
         able = {one.name: one for one in found if not one.reason}
+        layouts = {name: _layouts(one, request.schemes) for name, one in able.items()}
+        kept = bases_kept(layouts)
         options = request.team.share(
-            request.team.divide({name: _work(one, request.schemes) for name, one in able.items()}),
-            lambda name: options_of(able[name], request.schemes, importance[name]),
+            request.team.divide({name: decomposition_work(several) for name, several in layouts.items()}),
+            lambda name: options_of(able[name], request.schemes, importance[name], keep_bases=name in kept),
             "Decomposing layers",
             show=request.show,
         )
@@ -89,6 +115,7 @@ class Workpiece:
         self.cost = request.team.first(
             lambda: price_(
                 model,
+                self.parameters,
                 request.target,
                 request.inputs,
                 {one.name: (one, able[one.name].module) for one in self.layers if one.options},
@@ -124,22 +151,22 @@ class Workpiece:
         return Planner(subject, request, self.layers, self.parameters, self.cost).plan(ratio, max_error, request.team)
 
 
-def _unless_filtered(found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None) -> FoundLayer:
-    if not found.reason and filter_fn is not None and not filter_fn(found.module, found.name):
-        return FoundLayer(found.name, found.module, FILTERED)
-    return found
+def _unless_filtered(
+    found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None, expansion: Expansion
+) -> FoundLayer:
+    if found.reason or filter_fn is None or found.module in expansion.origins:  # those were asked for before
+        return found
+    return found if filter_fn(found.module, found.name) else replace(found, reason=FILTERED)
 
 
-def _work(found: FoundLayer, schemes: Sequence[str]) -> int:
-    return decomposition_work(KINDS[type(found.module)].layouts(found.module, schemes).values())
+def _layouts(found: FoundLayer, schemes: Sequence[str]) -> list[Layout]:
+    return list(KINDS[type(found.module)].layouts(found.module, schemes).values())
 
 
 def _layer_plan(found: FoundLayer, request: Request, options: Mapping[LayerScheme, Option]) -> LayerPlan:
-    module, forms = found.module, request.forms
-    kind = type(module).__name__
-    if found.reason:
-        weights = weights_of(module)
-        plan = LayerPlan(found.name, kind, tuple(weights[0].shape) if weights else (), {}, found.reason, forms=forms)
-        plan.parameters_before = sum(one.numel() for one in weights)
-        return plan
-    return LayerPlan(found.name, kind, tuple(weight_of(module).shape), options, forms=forms)
+    weights = weights_of(found.module)
+    shape = tuple(weights[0].shape) if weights else ()
+    plan = LayerPlan(found.name, found.type, shape, options, found.reason, forms=request.forms)
+    plan.parameters_before = found.parameters
+    plan.prices = ParameterPrices(found.parameters)
+    return plan

@@ -131,7 +131,7 @@ def compress_checkpoint(
     where = checked_device(device)
     checkpoint, found = opened(source, filter_fn, model)
     place = Destination.of(destination, checkpoint)
-    workshop = Workshop(checkpoint, terms, where)
+    workshop = Workshop(checkpoint, found.layers, terms, where)
     asked = [ratio, max_error, form, allocation, rank_multiple, [workshop.name_of(one) for one in found.layers]]
     work = WorkFolder(place.work_folder, checkpoint.identity(), asked)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._checks import check_module, describe
+from ._expansion import expanded_
 from ._terms import checked_goal, checked_ratio
 from ._workpiece import Request, Workpiece
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ._targets import Target
     from ._terms import Allocation, FormOption, SchemeOption
+    from ._workpiece import Computed
     from .plan import CompressionPlan
 
 __all__ = ["plan_compression", "sweep"]
@@ -38,6 +40,7 @@ def plan_compression(
     rank_multiple: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
+    parametrized: Computed = "keep",
     progress: bool | None = None,
 ) -> CompressionPlan:
     r"""Decide which layer gets which scheme, form and rank, without touching the model.
@@ -69,6 +72,9 @@ def plan_compression(
             leaves it dense.
         calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the error
             at each layer's output on this data. Give them to ``apply_`` too, which fits the factors to them.
+        parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
+            pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
+            removes what computed it; where that saves nothing, the layer stays as it is.
         progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
 
     Returns:
@@ -103,6 +109,7 @@ def plan_compression(
         rank_multiple=rank_multiple,
         filter_fn=filter_fn,
         calibration=calibration,
+        parametrized=parametrized,
         progress=progress,
     )
     return planned(model, ratio, max_error, request)
@@ -112,7 +119,8 @@ def planned(model: nn.Module, ratio: float | None, max_error: float | None, requ
     """Make a plan; of the arguments, the first three are not checked yet."""
     check_module(model)
     ratio, max_error = checked_goal(ratio, max_error, request.target)
-    return Workpiece(model, request).plan(ratio, max_error)
+    with expanded_(model, request.refusal) as expansion:
+        return Workpiece(model, request, expansion).plan(ratio, max_error)
 
 
 @torch.inference_mode(mode=False)
@@ -129,6 +137,7 @@ def sweep(
     rank_multiple: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
+    parametrized: Computed = "keep",
     progress: bool | None = None,
 ) -> list[CompressionPlan]:
     """Make the plans for many ratios from one decomposition.
@@ -148,6 +157,9 @@ def sweep(
         rank_multiple: only ranks that are multiples of this, at least 1.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
         calibration: a few unlabelled batches, to weigh ranks by the error at each layer's output.
+        parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
+            pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
+            removes what computed it; where that saves nothing, the layer stays as it is.
         progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
 
     Returns:
@@ -178,10 +190,12 @@ def sweep(
         rank_multiple=rank_multiple,
         filter_fn=filter_fn,
         calibration=calibration,
+        parametrized=parametrized,
         progress=progress,
     )
     wanted = [checked_ratio(one, f"ratios[{index}]", target) for index, one in enumerate(ratios)]
     if not wanted:
         raise ValueError("ratios is empty: give at least one fraction to remove, such as [0.5, 0.7].")
-    workpiece = Workpiece(model, request)
-    return [workpiece.plan(one) for one in wanted]
+    with expanded_(model, request.refusal) as expansion:
+        workpiece = Workpiece(model, request, expansion)
+        return [workpiece.plan(one) for one in wanted]
