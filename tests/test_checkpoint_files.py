@@ -114,6 +114,7 @@ def test_what_is_no_plain_layer_by_its_name_or_shape_stays_dense(tmp_path, kind)
         "relative_attention_bias": by_name,
         "embeddings.0": by_name,
         "attention.in_proj_weight": "its key does not end in .weight",
+        "attention.out_proj": "part of an nn.MultiheadAttention, which is compressed in a model only, with svd_compress_",
         "depthwise": "depthwise, as far as its shape tells (give the model to be sure)",
         "quantised": f"{more}'quantised.weight_scale'",
         "norm": "a norm by its name (give the model to be sure)",
@@ -189,6 +190,50 @@ def test_tied_weights_stay_dense_and_count_once(tmp_path, kind):
     by_model = compress_checkpoint(half, out(tmp_path, kind, "smaller"), 0.05, model=Tied())
     assert by_model["head"].reason or by_model["embedding"].reason
     assert by_model.parameters_before == sum(one.numel() for one in model.parameters())
+
+
+def test_tied_weights_that_a_file_holds_once_are_loaded(tmp_path):
+    model = fill_(Tied(), 2)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    del state["head.weight"], state["body.1.weight"]
+    loaded = load_compressed_(Tied(), save(state, tmp_path, "safetensors"))
+    assert loaded.head.weight is loaded.embedding.weight
+    assert same(loaded.state_dict(), model.state_dict())
+    del state["body.1.bias"]
+    with pytest.raises(ValueError, match=r'Missing key\(s\) in state_dict: "body\.1\.bias"'):
+        load_compressed_(Tied(), save(state, tmp_path, "pickle"))
+
+
+def test_attention_stays_as_it_is_and_can_be_loaded(tmp_path):
+    def build(seed):
+        return fill_(nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32), nn.MultiheadAttention(16, 2, kdim=8)), seed)
+
+    source = save(build(0).state_dict(), tmp_path, "safetensors")
+    for options in ({}, {"model": build(1)}):
+        report = compress_checkpoint(source, tmp_path / "small.safetensors", 0.2, **options)
+        assert {one.name for one in report.compressed} == {"0.linear1", "0.linear2"}
+        loaded = load_compressed_(build(2), tmp_path / "small.safetensors")
+        assert same(loaded.state_dict(), load(tmp_path / "small.safetensors"))
+        assert torch.equal(loaded[1].q_proj_weight, build(0)[1].q_proj_weight)
+
+
+def test_square_matrices_stay_dense_among_transposed_ones(tmp_path):
+    state = {
+        "h.0.attn.c_proj.weight": randn(12, 12, seed=0),
+        "h.0.attn.c_proj.bias": torch.zeros(12),
+        "h.0.mlp.c_fc.weight": randn(12, 48, seed=1),  # (in, out), as the bias tells
+        "h.0.mlp.c_fc.bias": torch.zeros(48),
+        "head.weight": randn(30, 12, seed=2),
+    }
+    report = compress_checkpoint(save(state, tmp_path, "pickle"), tmp_path / "small.pt", 0.05)
+    assert report["h.0.mlp.c_fc"].reason == "bias is of shape (48,)"
+    assert report["h.0.attn.c_proj"].reason == (
+        "perhaps stored as (in, out), as 'h.0.mlp.c_fc' is (give the model to be sure)"
+    )
+    assert report["head"].scheme == "channel"
+    del state["h.0.mlp.c_fc.weight"], state["h.0.mlp.c_fc.bias"]
+    report = compress_checkpoint(save(state, tmp_path, "pickle"), tmp_path / "small.pt", max_error=0.9)
+    assert report["h.0.attn.c_proj"].scheme == "channel"
 
 
 def test_other_tensors_and_what_a_file_says_of_itself_are_kept(tmp_path):

@@ -90,10 +90,10 @@ class Workshop:
             low_rank.truncate_(weight, known)
         except LinAlgError as error:
             raise undecomposed(layer.name, error) from error
-        owner = next(name for name, child in low_rank.named_children() if child is low_rank.bias_owner)
+        owners = [f"{name}." for name, child in low_rank.named_children() if child is low_rank.bias_owner]
         return {
             "tensors": {key: value.cpu().contiguous() for key, value in low_rank.state_dict().items()},
-            "bias": f"{owner}.bias",
+            "bias": f"{owners[0] if owners else ''}bias",
             "error": measured_error(found.module, low_rank),
         }
 

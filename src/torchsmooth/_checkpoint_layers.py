@@ -28,6 +28,9 @@ _PLAIN: dict[int, Any] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d
 # The last part of a name, such as "wte", "embed_tokens", "word_embeddings", "tok_emb", "relative_attention_bias".
 _LOOKUP = re.compile(r"(^|_)(emb|embed|embeds|embedding|embeddings)(_|$)|^(wte|wpe|shared|relative_attention_bias)$")
 
+# What nn.MultiheadAttention has beside its out_proj.
+_ATTENTION = ("in_proj_weight", "q_proj_weight")
+
 # What BatchNorm and rotary embeddings keep beside their parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
 
@@ -59,7 +62,8 @@ class CheckpointLayer:
     def holding(self, weight: Tensor) -> Any:
         """Return a layer like it with a weight, and without a bias, which factors do not depend on."""
         layer = copy.copy(self.dense)
-        layer.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
+        own = dict.fromkeys(vars(layer)["_parameters"]) | {"weight": nn.Parameter(weight, requires_grad=False)}
+        layer.__dict__["_parameters"] = own
         return layer
 
 
@@ -113,6 +117,7 @@ class _Names:
         self._under: dict[str, list[str]] = {}
         self._storages: dict[int, list[str]] = {}
         self._lookups: list[str] = []
+        self._transposed = ""  # a layer that is seen to be stored as (in, out)
         for key, entry in self._entries.items():
             for dot in (place for place, letter in enumerate(key) if letter == "."):
                 self._under.setdefault(key[:dot], []).append(key)
@@ -120,6 +125,9 @@ class _Names:
                 self._storages.setdefault(entry.span[0], []).append(key)
             if _is_lookup(key, entry):
                 self._lookups.append(key)
+            bias = self._bias_of(key)
+            if len(entry.shape) == 2 and bias is not None and entry.shape[0] != entry.shape[1] == bias.shape[0]:  # noqa: PLR2004
+                self._transposed = self._transposed or key.removesuffix(".weight")
 
     def reason(self, key: str) -> str:
         """Say why a weight has to stay dense; empty for a layer by all that is known."""
@@ -141,8 +149,24 @@ class _Names:
         extras = [one for one in self._under[name] if one not in {key, f"{name}.bias"}]
         if extras:
             return f"there is more than a weight and a bias: {quoted(extras)}"
-        bias = self._entries.get(f"{name}.bias")
-        return f"bias is of shape {bias.shape}" if bias is not None and bias.shape != entry.shape[:1] else ""
+        return self._reason_by_others(key)
+
+    def _reason_by_others(self, key: str) -> str:
+        """Say why a weight has to stay dense by what is beside it."""
+        entry, bias, name = self._entries[key], self._bias_of(key), key.removesuffix(".weight")
+        parent = name.rpartition(".")[0]
+        beside = [f"{parent}.{one}" if parent else one for one in _ATTENTION]
+        if name.endswith("out_proj") and any(one in self._entries for one in beside):
+            return "part of an nn.MultiheadAttention, which is compressed in a model only, with svd_compress_"
+        if bias is not None and bias.shape != entry.shape[:1]:
+            return f"bias is of shape {bias.shape}"
+        if self._transposed and bias is not None and entry.shape == bias.shape * 2:
+            return f"perhaps stored as (in, out), as {self._transposed!r} is (give the model to be sure)"
+        return ""
+
+    def _bias_of(self, key: str) -> Entry | None:
+        bias = self._entries.get(f"{key.removesuffix('.weight')}.bias") if key.endswith(".weight") else None
+        return bias if bias is None or len(bias.shape) else None
 
     def tie(self, key: str) -> str:
         """Say with which other tensor a weight is shared, or was before it was saved."""

@@ -18,7 +18,7 @@ from ._safetensors_file import SafetensorsFile
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ._tensor_entry import Entry
 
@@ -91,6 +91,15 @@ class Checkpoint:
         if self.index is None:
             return self.files[self.path.name].state()
         return {key: value for file in self.files.values() for key, value in file.state().items()}
+
+    def state_for(self, model: nn.Module) -> dict[str, Any]:
+        """Return the same with tensors that a model has under several names under all of them."""
+        state = dict(self.state())
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        known = {id(tensor): state[name] for name, tensor in named if name in state}
+        missing = {name: id(tensor) for name, tensor in named if name not in state and id(tensor) in known}
+        there = model.state_dict().keys()  # buffers that are not saved have names, too
+        return state | {name: known[tensor] for name, tensor in missing.items() if name in there}
 
     def identity(self) -> list[Any]:
         """Return what tells this checkpoint from another one or an earlier state of it, ready for JSON."""

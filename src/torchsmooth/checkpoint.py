@@ -43,7 +43,8 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any] | str | os.
     Args:
         model: a model built like the one that was compressed, dense (or already of the right structure).
         state_dict: ``compressed.state_dict()``, or the path of a file that holds it: what ``torch.save`` wrote, a
-            ``.safetensors`` file, an index of several, or a folder with one of these. Nothing in it is executed.
+            ``.safetensors`` file, an index of several, or a folder with one of these. Nothing in it is executed. A
+            file may hold a tied tensor under one of its names only.
 
     Returns:
         The model.
@@ -71,7 +72,7 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any] | str | os.
     check_module(model)
     check_initialised(model)
     if isinstance(state_dict, (str, os.PathLike)):
-        state_dict = Checkpoint(state_dict).state()
+        state_dict = Checkpoint(state_dict).state_for(model)
     _check_state_dict(state_dict)
     on_meta = [name for name, one in (*model.named_parameters(), *model.named_buffers()) if one.is_meta]
     if on_meta:

@@ -64,8 +64,9 @@ def compress_checkpoint(
     Without ``model``, layers are told by names and shapes: ``NAME.weight`` with two axes is a Linear, with three to
     five a convolution without groups. Names that end like those of embeddings (``wte``, ``embed_tokens``,
     ``position_embeddings``), convolutions with one input channel, and tied weights stay dense. What names and shapes
-    cannot tell needs ``model`` or ``filter_fn``: grouped convolutions, and weights that are used transposed, as in
-    GPT-2.
+    cannot tell needs ``model`` or ``filter_fn``: convolutions that are grouped or transposed, embeddings under other
+    names, and weights that are used transposed. Attention, recurrent and registered layers stay dense in either case;
+    :func:`torchsmooth.svd_compress_` compresses them in a model.
 
     All is written beside the destination first, in a folder ``.NAME.torchsmooth-partial``, and takes its place in the
     end: a run that is stopped leaves the destination as it was, and the next one with the same arguments goes on where
