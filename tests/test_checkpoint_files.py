@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
+from testbed.cifar_resnet import load_cifar_resnet
 from tests import checkpoints
 from tests.checkpoints import KINDS, load, out, same, save
 from tests.networks import Tied, mlp, small_resnet
@@ -114,7 +115,7 @@ def test_what_is_no_plain_layer_by_its_name_or_shape_stays_dense(tmp_path, kind)
         "relative_attention_bias": by_name,
         "embeddings.0": by_name,
         "attention.in_proj_weight": "its key does not end in .weight",
-        "attention.out_proj": "part of an nn.MultiheadAttention, which is compressed in a model only, with svd_compress_",
+        "attention.out_proj": "part of an nn.MultiheadAttention, which only svd_compress_ compresses",
         "depthwise": "depthwise, as far as its shape tells (give the model to be sure)",
         "quantised": f"{more}'quantised.weight_scale'",
         "norm": "a norm by its name (give the model to be sure)",
@@ -325,6 +326,21 @@ def test_memory_is_that_of_a_few_layers_not_of_the_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "second.safetensors").stat().st_size > 15 * 2**20
     assert float(done.stdout) < 8  # MiB: what 32 layers take beyond 2
+
+
+def test_a_trained_network_from_the_wild(tmp_path, shared_data_folder):
+    """Saved from an nn.DataParallel, under "state_dict", beside its accuracy."""
+    (source,) = (shared_data_folder / "cifar_resnet").glob("resnet20-*.th")
+    report = compress_checkpoint(source, tmp_path / "small.th", 0.6, scheme=("channel", "spatial"))
+    model = load_cifar_resnet(20)
+    assert report.totals == svd_compress_(model, 0.6, scheme=("channel", "spatial")).totals
+    small = load(tmp_path / "small.th")
+    assert all(key.startswith("module.") for key in small)
+    # It is older than the counters of BatchNorm.
+    expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert same({key.removeprefix("module."): value for key, value in small.items()}, expected)
+    with pytest.raises(ValueError, match=r"its keys start with 'module\.', the prefix of a wrapper"):
+        load_compressed_(load_cifar_resnet(20), tmp_path / "small.th")
 
 
 def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch):
