@@ -18,6 +18,8 @@ from .compress import restore_dense_, svd_compress_
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .penalties import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative
 from .plan import CompressionPlan
 from .planning import plan_compression, sweep
@@ -42,6 +44,10 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
     "LowRankLinear",
     "NuclearNorm",
     "NuclearRatio",
