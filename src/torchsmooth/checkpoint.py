@@ -183,13 +183,13 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
 def _rank(layout: Layout, form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the rank at which a layout has factors of these shapes; None if at none."""
     up, down, core = shapes["up"], shapes["down"], shapes.get("core")
-    rank = up[1] if len(up) > 1 else 0
     if isinstance(layout, Matricisation):
+        rank = layout.rank_of(up)
         fits = core is None and 1 <= rank <= layout.largest_rank(form)
         return rank if fits and layout.layer_shapes(rank, form) == (up, down) else None
     if core is None or len(core) != 4 or not isinstance(layout, TuckerLayout):  # noqa: PLR2004 - a convolution
         return None
-    pair, most = (core[1], rank), layout.largest_rank(form)
+    pair, most = (core[1], up[1] if len(up) > 1 else 0), layout.largest_rank(form)
     fits = 1 <= pair[0] <= most[0] and 1 <= pair[1] <= most[1]
     return pair if fits and layout.layer_shapes(pair, form) == (up, core, down) else None
 
