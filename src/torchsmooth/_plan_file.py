@@ -50,7 +50,11 @@ def _layer_content(layer: LayerPlan) -> dict[str, Any]:
         "name": layer.name,
         "type": layer.type,
         "shape": list(layer.shape),
-        "parameters_before": layer.parameters_before,
+        "parameters_before": math.prod(layer.shape) if options else layer.parameters_before,
+        # Of a low-rank layer, or of one whose weight is computed, another number is stored.
+        **(
+            {"stored": layer.parameters_before} if options and layer.parameters_before != math.prod(layer.shape) else {}
+        ),
         "scheme": layer.scheme,
         "form": layer.form,
         "rank": layer.rank,
@@ -179,7 +183,10 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
             _refuse(
                 f"{fields.where}parameters_before", f"{math.prod(shape)}, as the shape has", layer.parameters_before
             )
-        layer.prices = _prices(fields, target, layer.parameters_before, options)
+        if "stored" in fields.content:
+            layer.parameters_before = fields.count("stored", least=1)
+        entries = layer.parameters_before if target == "params" else math.prod(shape)
+        layer.prices = _prices(fields, target, entries, options)
     _choose(layer, fields)
     return layer
 
