@@ -16,6 +16,7 @@ from tests.networks import Shared, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, randn
 from torchsmooth import CompressionPlan, LowRankConv2d, LowRankLinear, plan_compression, svd_compress_, sweep
 from torchsmooth._apply import replacements_for
+from torchsmooth._expansion import Expansion
 from torchsmooth._latency import compare_times
 from torchsmooth._running import as_inputs
 from torchsmooth._timing import median_nanoseconds, seconds
@@ -264,7 +265,7 @@ def test_with_a_real_clock_everything_is_put_back():
         assert plan.latency_before > 0
     plan = plan_compression(model, 0.3)
     with torch.no_grad():
-        measured = compare_times(model, as_inputs(IMAGES), replacements_for(plan, model)[0])
+        measured = compare_times(model, as_inputs(IMAGES), replacements_for(plan, model)[0], Expansion(model))
     assert min(measured) > 0
     assert same(before, snapshot(model))
     assert torch.equal(torch.get_rng_state(), state)

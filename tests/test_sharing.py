@@ -171,7 +171,7 @@ def with_state_hook():
 
 
 MORE_THAN_WEIGHT_AND_BIAS = {
-    with_pruned_bias: "bias is not a plain parameter (pruned, or a buffer)",
+    with_pruned_bias: "pruned (parametrized='merge' compresses what is computed)",
     with_buffer_bias: "bias is not a plain parameter (pruned, or a buffer)",
     with_extra_parameter: "it has more than a weight and a bias: 'adapter'",
     with_child: "it has more than a weight and a bias: 'observer'",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -21,6 +22,7 @@ from ._sharing import Sharing
 from ._table import format_rank
 from ._tucker_layout import Layout, TuckerLayout
 from ._whole import check_whole
+from .layer_types import layer_type
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .lowrank_embedding import LowRankEmbedding
@@ -28,7 +30,7 @@ from .lowrank_transposed import LowRankConvTranspose1d, LowRankConvTranspose2d, 
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ._prices import Work
 
@@ -139,6 +141,35 @@ KINDS: dict[type[nn.Module], LayerKind] = {
 }
 
 
+class Origin(NamedTuple):
+    """What a plain layer stands for while a model is planned or compressed.
+
+    Attributes:
+        type: class name of the layer that is in the model otherwise.
+        parameters: entries that it stores of its weight.
+    """
+
+    type: str
+    parameters: int
+
+
+class Known(Protocol):
+    """What is known of modules of a model beside what they are: an :class:`Expansion`."""
+
+    @property
+    def origins(self) -> Mapping[nn.Module, Origin]:
+        """For plain layers that stand for another, what that is."""
+
+    @property
+    def reasons(self) -> Mapping[nn.Module, str]:
+        """For others, why they have to stay as they are."""
+
+
+class _NothingKnown:
+    origins: Mapping[nn.Module, Origin] = MappingProxyType({})
+    reasons: Mapping[nn.Module, str] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class FoundLayer:
     """A module that holds weights with at least two axes.
@@ -146,11 +177,15 @@ class FoundLayer:
     Attributes:
         name: qualified name, the first one if the module has several.
         module: the module.
+        type: class name of the layer, as the user knows it.
+        parameters: entries of its weight, as they are stored.
         reason: why it cannot be compressed; empty if it can.
     """
 
     name: str
     module: nn.Module
+    type: str
+    parameters: int
     reason: str = ""
 
 
@@ -177,22 +212,35 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     return sorted((one for one in own if one.dim() > 1), key=lambda one: -one.numel())
 
 
-def find_layers(model: nn.Module) -> list[FoundLayer]:
+def find_layers(model: nn.Module, known: Known | None = None) -> list[FoundLayer]:
     """List every module that holds a weight, with the reason where it has to stay dense.
+
+    Args:
+        model: the model, with composite layers expanded or not.
+        known: what is known of its modules.
 
     Raises:
         ValueError: if a parameter is not initialised, the model is sharded or wrapped, or is itself one single layer.
     """
+    known = known or _NothingKnown()
     check_initialised(model)
     check_whole(model)
-    if type(model) in KINDS or isinstance(model, LowRankLayer):
-        way = f"{way_to_factor(type(model))}(layer, rank)" if type(model) in KINDS else "to_dense() of the layer"
+    if type(model) in KINDS or isinstance(model, LowRankLayer) or layer_type(model) is not None:
+        name = type(model).__name__
+        way = "to_dense() of the layer" if isinstance(model, LowRankLayer) else ""
+        way = f"{way_to_factor(type(model))}(layer, rank)" if type(model) in KINDS else way
         raise ValueError(
-            f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
-            f"use {way}, or wrap it in a torch.nn.Sequential."
+            f"the model is itself a {name}, with no parent in which it could be replaced: "
+            f"{f'use {way}, or ' if way else ''}wrap it in a torch.nn.Sequential."
         )
     sharing = Sharing(model)
-    return [FoundLayer(name, module, _reason(name, module, sharing)) for name, module in _walk(model)]
+    return [_found(name, module, known, _reason(name, module, sharing, known)) for name, module in _walk(model)]
+
+
+def _found(name: str, module: nn.Module, known: Known, reason: str) -> FoundLayer:
+    stored = sum(one.numel() for one in weights_of(module))
+    origin = known.origins.get(module, Origin(type(module).__name__, stored))
+    return FoundLayer(name, module, origin.type, origin.parameters, reason)
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -205,16 +253,25 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.update(module.parametrizations.modules())
         if isinstance(module, LowRankLayer):
             inside.update(module.modules())
-        if type(module) in KINDS or weights_of(module):
+        if type(module) in KINDS or weights_of(module) or _quantised(module):
             yield name, module
 
 
-def _reason(name: str, module: nn.Module, sharing: Sharing) -> str:
+def _quantised(module: nn.Module) -> bool:
+    """Tell whether a module of torch.ao keeps a quantised weight, which is no parameter."""
+    return callable(getattr(module, "weight", None)) and type(module).__module__.startswith("torch.ao.")
+
+
+def _reason(name: str, module: nn.Module, sharing: Sharing, known: Known) -> str:
     """Say why a layer has to stay dense, or return an empty string."""
+    if module in known.reasons:
+        return known.reasons[module]
     if isinstance(module, LowRankLayer):
-        return f"already low-rank (rank {format_rank(module.rank)}); restore_dense_ it to compress it anew"
+        return f"already low-rank (rank {format_rank(module.rank)})"
     if parametrize.is_parametrized(module):
         return "parametrized (call remove_parametrizations first)"
+    if _quantised(module):
+        return f"{type(module).__name__} is quantised already (compress first, then quantise)"
     kind = KINDS.get(type(module))
     if kind is None:
         return f"{type(module).__name__} is not supported"

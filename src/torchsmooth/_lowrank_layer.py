@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._matricise import Form, Matricisation
     from ._spectrum import Decomposition
 
-_STATE_HOOKS = (
+STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -267,7 +267,7 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
     extras = [*(module._parameters.keys() - {"weight", "bias"}), *module._buffers, *module._modules]
     if extras:
         return f"it has more than a weight and a bias: {quoted(extras)}"
-    if any(vars(module).get(hooks) for hooks in _STATE_HOOKS):
+    if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         return "it has state-dict hooks, which expect the key 'weight'"
     patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
     bounded = getattr(module, "max_norm", None) is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._latency import measure_times
-from ._layers import KINDS, count_parameters
+from ._layers import KINDS
 from ._macs import observe_macs
 from ._prices import MacPrices
 from ._running import as_inputs
@@ -63,6 +64,7 @@ def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
 
 def price_(
     model: nn.Module,
+    parameters: int,
     target: Target,
     inputs: Inputs | None,
     candidates: Mapping[str, tuple[LayerPlan, nn.Module]],
@@ -72,11 +74,11 @@ def price_(
 ) -> int:
     """Set the prices of the layers that can be compressed, and return what the whole model costs."""
     if target == "params" or inputs is None:
-        return count_parameters(model)
+        return parameters
     if target == "macs":
         whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
         for name, (layer, module) in candidates.items():
-            layer.prices = MacPrices(found[name], layer.parameters_before, KINDS[type(module)].work)
+            layer.prices = MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
             if not found[name].outputs:
                 layer.reason = NOT_REACHED
     else:
