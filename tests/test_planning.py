@@ -257,7 +257,7 @@ def nan_model():
             "nothing to compress in this Sequential: it has no",
         ),
         (lambda: nn.Sequential(nn.Linear(1, 1)), {"ratio": 0.5}, ValueError, "0: no rank makes it smaller"),
-        (lambda: nn.Sequential(nn.Bilinear(8, 8, 3)), {"ratio": 0.5}, ValueError, "0: Bilinear is not supported"),
+        (lambda: nn.Sequential(nn.EmbeddingBag(8, 8)), {"ratio": 0.5}, ValueError, "0: EmbeddingBag is not"),
         (lambda: nn.Sequential(nn.LazyLinear(8)), {"ratio": 0.5}, ValueError, "'0.weight' is not initialised yet"),
         (
             lambda: nn.Sequential(nn.Linear(8, 8, device="meta")),

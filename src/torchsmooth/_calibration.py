@@ -32,7 +32,7 @@ WIDEST = 8192
 _AT_ONCE = 1 << 30
 
 TOO_WIDE = f"not calibrated: its input is wider than {WIDEST:,}"
-NOT_REACHED = "not calibrated: the data never reached it"
+NOT_REACHED = "not calibrated: never called on the data"
 
 
 @dataclass

@@ -204,7 +204,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """List the parameters with at least two axes that make up one layer, the largest first."""
-    own = [one for one in module._parameters.values() if one is not None]
+    # Attention may have biases of the keys and values, of three axes.
+    own = [one for name, one in module._parameters.items() if one is not None and not name.startswith("bias")]
     if parametrize.is_parametrized(module):
         own += module.parametrizations.parameters()  # type: ignore[union-attr]
     if isinstance(module, LowRankLayer):

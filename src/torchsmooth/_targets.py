@@ -47,7 +47,7 @@ WORDS: dict[Target, Words] = {
     "latency": Words("nanoseconds", "the model's time", "no rank is faster", "worth its time in this budget"),
 }
 
-NOT_REACHED = "the example inputs never reach it"
+NOT_REACHED = "never called on the example inputs"
 
 
 def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:

@@ -120,7 +120,7 @@ def a_layer_that_only_one_rank_reaches_is_fitted_on_all():
     for one, other in zip(report.layers, expected.layers, strict=True):
         assert (one.rank, one.note) == (other.rank, other.note)
         assert abs((one.output_error or 0.0) - (other.output_error or 0.0)) < 1e-6
-    assert "never reached" in report["never"].note
+    assert "never called" in report["never"].note
     for one, other in zip(bits(model).values(), bits(alone).values(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
