@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "torchsmooth"
 
 SIGNATURES = {
+    "compress_checkpoint": (
+        "(source, destination, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', "
+        "rank_multiple=1, filter_fn=None, model=None, device='cpu', progress=None)"
+    ),
     "is_penalized": "(module, tensor_name=None)",
     "load_compressed_": "(model, state_dict)",
     "penalty_loss": "(model)",
@@ -338,6 +342,21 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_latency",
         "_targets",
         "_workpiece",
+        "_terms",
+        "_planner",
+        "_atomic_file",
+        "_tensor_entry",
+        "_tensor_source",
+        "_safetensors_file",
+        "_pickle_file",
+        "_checkpoint_layers",
+        "_checkpoint_factors",
+        "_work_folder",
+        "_destination",
+        "_inspection",
+        "_command_line",
+        "__main__",
+        "checkpoint_files",
         "_apply",
         "_batches",
         "_moments",

@@ -15,6 +15,7 @@ from .attach import attach_
 from .attention import LowRankMultiheadAttention
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
+from .checkpoint_files import compress_checkpoint
 from .compress import restore_dense_, svd_compress_
 from .layer_types import register_layer
 from .loss import penalty_loss
@@ -68,6 +69,7 @@ __all__ = [
     "StrengthSchedule",
     "TuckerConv2d",
     "attach_",
+    "compress_checkpoint",
     "functional",
     "is_penalized",
     "load_compressed_",

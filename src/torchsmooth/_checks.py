@@ -79,10 +79,10 @@ def check_module(value: object, name: str = "model") -> nn.Module:
     return value
 
 
-def check_filter(value: object) -> None:
-    """Refuse a ``filter_fn`` that cannot be called."""
+def check_filter(value: object, of: str = "(module, qualified_name)") -> None:
+    """Refuse a ``filter_fn`` that cannot be called; ``of`` names its arguments."""
     if value is not None and not callable(value):
-        raise TypeError(f"filter_fn must be a function of (module, qualified_name), got {describe(value)}.")
+        raise TypeError(f"filter_fn must be a function of {of}, got {describe(value)}.")
 
 
 def check_initialised(model: nn.Module) -> None:

@@ -26,12 +26,16 @@ def importances(weights: Sequence[Tensor]) -> list[float]:
     Returns:
         The squares, divided by the largest: between 0 and 1 at any scale of the weights.
     """
-    logarithms = [_log_norm(one) for one in weights]
-    largest = max(logarithms, default=-math.inf)
-    return [4.0 ** (one - largest) if one > -math.inf else 0.0 for one in logarithms]
+    return relative_importances([log_norm(one) for one in weights])
 
 
-def _log_norm(weight: Tensor) -> float:
+def relative_importances(log_norms: Sequence[float]) -> list[float]:
+    """Return the same for layers of which :func:`log_norm` is known, and not the weights any more."""
+    largest = max(log_norms, default=-math.inf)
+    return [4.0 ** (one - largest) if one > -math.inf else 0.0 for one in log_norms]
+
+
+def log_norm(weight: Tensor) -> float:
     """Return log2 ‖W‖_F: the norm itself, or a square on the way to it, may leave the range of float64."""
     largest = float(working_copy(torch.maximum(weight.detach().amax(), -weight.detach().amin())))
     if largest == 0:

@@ -1,11 +1,10 @@
-"""Plans as JSON: written in one step, and read with every field checked."""
+"""Plans as JSON: read with every field checked."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -100,21 +99,6 @@ def _prices_content(prices: Prices) -> dict[str, Any] | None:
         ]
         return {"dense": prices.dense, "times": times}
     return None
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all: a reader sees the old one or the new one."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with draft.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

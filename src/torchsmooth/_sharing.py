@@ -54,7 +54,7 @@ class Sharing:
 
     def of_weight(self, weight: Tensor, name: str) -> str:
         """Say what else lies over the memory of a weight, itself known by ``name``; empty if nothing does."""
-        storage, start, end = _span(weight)
+        storage, start, end = span_of(weight)
         for other_start, other_end, other in self._tensors.get(storage, ()):
             if other != name and start < other_end and other_start < end:
                 return f"weight is shared with {other}"
@@ -68,11 +68,11 @@ class Sharing:
 
     def _add(self, tensor: Tensor | None, name: str) -> None:
         if tensor is not None and not nn.parameter.is_lazy(tensor):
-            storage, start, end = _span(tensor)
+            storage, start, end = span_of(tensor)
             self._tensors.setdefault(storage, []).append((start, end, name))
 
 
-def _span(tensor: Tensor) -> tuple[int, int, int]:
+def span_of(tensor: Tensor) -> tuple[int, int, int]:
     """Return the storage of a tensor and the bytes of it that it lies over, or stand-ins where it has none."""
     if type(tensor.data) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
         return id(tensor), 0, 1

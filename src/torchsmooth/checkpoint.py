@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Form, Matricisation
 from ._swap import swap_, take_over_
+from ._tensor_source import Checkpoint
 from ._tucker_layout import Layout, TuckerLayout
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ _PARTS = ("down.weight", "core.weight", "up.weight", "merge.order", "split.order
 
 
 @torch.no_grad()
-def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
+def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> nn.Module:
     """Rebuild the low-rank layers that a state dict was saved from, in place, and load it strictly.
 
     The structure is read off the shapes of the tensors, and the pivots off the integers that are saved beside them;
@@ -40,8 +42,9 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
 
     Args:
         model: a model built like the one that was compressed, dense (or already of the right structure).
-        state_dict: ``compressed.state_dict()``, for instance from ``torch.load(..., weights_only=True)`` or
-            ``safetensors.torch.load_file``.
+        state_dict: ``compressed.state_dict()``, or the path of a file that holds it: what ``torch.save`` wrote, a
+            ``.safetensors`` file, an index of several, or a folder with one of these. Nothing in it is executed. A
+            file may hold a tied tensor under one of its names only.
 
     Returns:
         The model.
@@ -49,7 +52,9 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
     Raises:
         TypeError: if an argument is of a wrong type, or the state dict holds other things than tensors.
         ValueError: if keys are missing, unexpected, contradict each other or have shapes that do not fit; they are
-            named.
+            named; if a file is broken or holds more than tensors.
+        OSError: if a file cannot be read.
+        ImportError: if it is a ``.safetensors`` file and that package is missing.
 
     Example:
         >>> import torch, torchsmooth
@@ -66,6 +71,8 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
     """
     check_module(model)
     check_initialised(model)
+    if isinstance(state_dict, (str, os.PathLike)):
+        state_dict = Checkpoint(state_dict).state_for(model)
     _check_state_dict(state_dict)
     on_meta = [name for name, one in (*model.named_parameters(), *model.named_buffers()) if one.is_meta]
     if on_meta:

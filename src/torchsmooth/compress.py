@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ._targets import Target
-    from ._workpiece import Allocation, Computed, FormOption, SchemeOption
+    from ._terms import Allocation, FormOption, SchemeOption
+    from ._workpiece import Computed
     from .report import CompressionReport
 
 __all__ = ["restore_dense_", "svd_compress_"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import _plan_file
 from ._apply import Replacements, placed_, replacements_for
+from ._atomic_file import write_text
 from ._calibration import Calibration
 from ._checks import check_module, quoted
 from ._expansion import expanded_
@@ -200,7 +201,7 @@ class CompressionPlan:
         Raises:
             OSError: if it cannot be written.
         """
-        _plan_file.write_text(path, self.to_json())
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressionPlan:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._checks import check_module, check_open_unit, describe
+from ._checks import check_module, describe
 from ._expansion import expanded_
-from ._targets import WORDS
+from ._terms import checked_goal, checked_ratio
 from ._workpiece import Request, Workpiece
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ._targets import Target
-    from ._workpiece import Allocation, Computed, FormOption, SchemeOption
+    from ._terms import Allocation, FormOption, SchemeOption
+    from ._workpiece import Computed
     from .plan import CompressionPlan
 
 __all__ = ["plan_compression", "sweep"]
@@ -118,20 +119,7 @@ def plan_compression(
 def planned(model: nn.Module, ratio: float | None, max_error: float | None, request: Request) -> CompressionPlan:
     """Make a plan; of the arguments, the first three are not checked yet."""
     check_module(model)
-    if (ratio is None) == (max_error is None):
-        raise ValueError(
-            "give either ratio (fraction to remove) or max_error (largest relative error of a layer), "
-            f"got ratio={ratio}, max_error={max_error}."
-        )
-    if ratio is not None:
-        ratio = _check_ratio(ratio, "ratio", request.target)
-    else:
-        max_error = check_open_unit(max_error, "max_error", "the largest relative error of a layer")
-        if request.target != "params":
-            raise ValueError(
-                f"max_error bounds the error of each layer, whatever that saves, so it cannot be combined with target "
-                f"{request.target!r}: give a ratio, or leave target out."
-            )
+    ratio, max_error = checked_goal(ratio, max_error, request.target)
     with expanded_(model, request.refusal) as expansion:
         return Workpiece(model, request, expansion).plan(ratio, max_error)
 
@@ -206,13 +194,9 @@ def sweep(
         parametrized=parametrized,
         progress=progress,
     )
-    wanted = [_check_ratio(one, f"ratios[{index}]", target) for index, one in enumerate(ratios)]
+    wanted = [checked_ratio(one, f"ratios[{index}]", target) for index, one in enumerate(ratios)]
     if not wanted:
         raise ValueError("ratios is empty: give at least one fraction to remove, such as [0.5, 0.7].")
     with expanded_(model, request.refusal) as expansion:
         workpiece = Workpiece(model, request, expansion)
         return [workpiece.plan(one) for one in wanted]
-
-
-def _check_ratio(ratio: object, name: str, target: Target) -> float:
-    return check_open_unit(ratio, name, f"the fraction of {WORDS[target].share} to remove")

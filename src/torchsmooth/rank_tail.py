@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._matricise import LayerScheme
+    from ._terms import FormOption, SchemeOption
     from ._tucker_layout import Layout, Rank
     from ._weight import Weight
-    from ._workpiece import FormOption, SchemeOption
     from .plan import CompressionPlan
 
 __all__ = ["RankTail", "TailPlan"]
