@@ -154,7 +154,8 @@ _RECIPES = {
          "max_position_embeddings": 32},
     ),
     "modernbert": _Recipe(
-        "ModernBertForSequenceClassification", "ModernBertConfig", _text, {**_ENCODER, **_SPECIAL_TOKENS, "cls_token_id": 1, "sep_token_id": 2},
+        "ModernBertForSequenceClassification", "ModernBertConfig", _text,
+        {**_ENCODER, **_SPECIAL_TOKENS, "cls_token_id": 1, "sep_token_id": 2},
     ),
     "gpt2": _Recipe(
         "GPT2LMHeadModel", "GPT2Config", _text,
@@ -178,7 +179,10 @@ _RECIPES = {
     "qwen2": _Recipe("Qwen2ForCausalLM", "Qwen2Config", _text, _DECODER),
     "qwen3": _Recipe("Qwen3ForCausalLM", "Qwen3Config", _text, {**_DECODER, "head_dim": 16}),
     "phi": _Recipe("PhiForCausalLM", "PhiConfig", _text, _DECODER),
-    "falcon": _Recipe("FalconForCausalLM", "FalconConfig", _text, _DECODER, 0.05, "its FalconLinear is a layer of transformers' own"),
+    "falcon": _Recipe(
+        "FalconForCausalLM", "FalconConfig", _text, _DECODER,
+        0.05, "its FalconLinear is a layer of transformers' own",
+    ),
     "mixtral": _Recipe("MixtralForCausalLM", "MixtralConfig", _text, _EXPERTS),
     "qwen3_moe": _Recipe(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _text, _EXPERTS,
@@ -238,7 +242,8 @@ _RECIPES = {
          "projection_dim": 32},
     ),
     "siglip": _Recipe(
-        "SiglipModel", "SiglipConfig", _captions, {"text_config": {**_ENCODER, **_SPECIAL_TOKENS}, "vision_config": _PATCHES},
+        "SiglipModel", "SiglipConfig", _captions,
+        {"text_config": {**_ENCODER, **_SPECIAL_TOKENS}, "vision_config": _PATCHES},
     ),
     "vilt": _Recipe("ViltModel", "ViltConfig", _captions, {**_ENCODER, **_PATCHES}),
 }  # fmt: skip
