@@ -201,8 +201,8 @@ def _train(entry: Entry, model: nn.Module) -> str:
         return problem
     torch.stack([one.double().mean() for one in outputs if one.requires_grad]).sum().backward()
     model.eval()
-    if not ran:
-        return "no low-rank layer ran"
-    factors = [parameter for one in ran for parameter in one.parameters()]
+    factors = [parameter for one in ran for parameter in one.parameters() if parameter.requires_grad]
+    if not factors:
+        return "no low-rank layer ran that could be trained"
     lacking = sum(one.grad is None or not bool(one.grad.isfinite().all()) for one in factors)
     return f"{lacking} of {len(factors)} factors have no finite gradient" if lacking else ""
