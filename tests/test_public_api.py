@@ -26,8 +26,10 @@ SIGNATURES = {
     "penalty_loss": "(model)",
     "plan_compression": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "progress=None)"
     ),
+    "register_layer": "(layer_type, expand, collapse=None)",
     "recalibrate_batchnorm_": "(model, batches)",
     "register_penalty": "(module, tensor_name, penalty)",
     "remove_penalties": "(module, tensor_name=None)",
@@ -38,11 +40,13 @@ SIGNATURES = {
     "spectrum": "(model, *, ratio=0.8, scheme='channel', filter_fn=None)",
     "svd_compress_": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, progress=None, process_group=None)"
+        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "progress=None, process_group=None)"
     ),
     "sweep": (
         "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
-        "rank_multiple=1, filter_fn=None, calibration=None, progress=None)"
+        "rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "progress=None)"
     ),
     "attach_": "(optimizer, model, *, every=1, schedule=None)",
     "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
@@ -53,10 +57,39 @@ SIGNATURES = {
     "FirstDerivative": "(strength=0.0003)",
     "SecondDerivative": "(strength=0.0001)",
     "LowRankLinear": "(in_features, out_features, rank, bias=True, device=None, dtype=None, *, form='factored')",
-    "LowRankConv2d": (
+    **dict.fromkeys(
+        ("LowRankConv1d", "LowRankConv2d", "LowRankConv3d"),
         "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, dilation=1, "
-        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')"
+        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')",
     ),
+    **dict.fromkeys(
+        ("LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"),
+        "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, output_padding=0, "
+        "dilation=1, groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')",
+    ),
+    "LowRankEmbedding": (
+        "(num_embeddings, embedding_dim, rank, padding_idx=None, *, scale_grad_by_freq=False, sparse=False, "
+        "device=None, dtype=None, form='factored')"
+    ),
+    "LowRankMultiheadAttention": (
+        "(embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False, kdim=None, vdim=None, "
+        "batch_first=False, device=None, dtype=None)"
+    ),
+    "LowRankRNN": (
+        "(input_size, hidden_size, num_layers=1, nonlinearity='tanh', bias=True, batch_first=False, dropout=0.0, "
+        "bidirectional=False, device=None, dtype=None)"
+    ),
+    "LowRankLSTM": (
+        "(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
+        "proj_size=0, device=None, dtype=None)"
+    ),
+    "LowRankGRU": (
+        "(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
+        "device=None, dtype=None)"
+    ),
+    "LowRankRNNCell": "(input_size, hidden_size, bias=True, nonlinearity='tanh', device=None, dtype=None)",
+    "LowRankLSTMCell": "(input_size, hidden_size, bias=True, device=None, dtype=None)",
+    "LowRankGRUCell": "(input_size, hidden_size, bias=True, device=None, dtype=None)",
     "TuckerConv2d": (
         "(in_channels, out_channels, kernel_size, rank, *, stride=1, padding=0, dilation=1, groups=1, bias=True, "
         "padding_mode='zeros', device=None, dtype=None, form='factored')"
@@ -119,6 +152,15 @@ def test_state_dict_keys_are_api():
     }
     for scheme, keys in pivoted.items():
         assert list(torchsmooth.LowRankConv2d(4, 3, 3, 2, scheme=scheme, form="pivoted").state_dict()) == keys
+    for axes in (1, 2, 3):
+        for cls in (f"LowRankConv{axes}d", f"LowRankConvTranspose{axes}d"):
+            make = getattr(torchsmooth, cls)
+            assert list(make(4, 3, 3, 2).state_dict()) == ["down.weight", "up.weight", "up.bias"]
+            for scheme in ("channel", "input"):
+                assert list(make(4, 3, 3, 2, scheme=scheme, form="pivoted").state_dict()) == pivoted[scheme]
+    assert list(torchsmooth.LowRankEmbedding(5, 4, 2).state_dict()) == ["down.weight", "up.weight"]
+    pivoted_table = torchsmooth.LowRankEmbedding(5, 4, 2, form="pivoted")
+    assert list(pivoted_table.state_dict()) == ["down.weight", "up.weight", "merge.order"]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +175,24 @@ def test_state_dict_keys_are_api():
             },
         ),
         (
-            torchsmooth.LowRankConv2d,
+            torchsmooth.LowRankEmbedding,
             {
-                "from_conv2d": "(conv, rank, scheme='channel', form='factored')",
-                "like": "(conv, rank, scheme='channel', form='factored')",
-                "to_conv2d": "(self)",
+                "from_embedding": "(embedding, rank, form='factored')",
+                "like": "(embedding, rank, form='factored')",
+                "to_embedding": "(self)",
             },
+        ),
+        *(
+            (
+                getattr(torchsmooth, f"LowRankConv{kind}"),
+                {
+                    f"from_conv{name}": "(conv, rank, scheme='channel', form='factored')",
+                    "like": "(conv, rank, scheme='channel', form='factored')",
+                    f"to_conv{name}": "(self)",
+                },
+            )
+            for axes in (1, 2, 3)
+            for kind, name in ((f"{axes}d", f"{axes}d"), (f"Transpose{axes}d", f"_transpose{axes}d"))
         ),
     ],
 )
@@ -146,6 +200,24 @@ def test_methods_of_the_layers_are_api(layer, signatures):
     shared = {"to_dense": "(self)", "factors": "(self)", "set_factors_": "(self, up, down)"}
     for name, expected in (signatures | shared).items():
         assert bare(inspect.signature(getattr(layer, name))) == expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "signatures"),
+    [
+        ("LowRankMultiheadAttention", {"from_attention": "(attention)", "to_attention": "(self)"}),
+        *((f"LowRank{one}", {"from_recurrent": "(layer)", "to_recurrent": "(self)"}) for one in ("RNN", "LSTM", "GRU")),
+        *((f"LowRank{one}Cell", {"from_cell": "(cell)", "to_cell": "(self)"}) for one in ("RNN", "LSTM", "GRU")),
+    ],
+)
+def test_ways_into_layers_with_projections_and_out_are_api(layer, signatures):
+    for name, expected in signatures.items():
+        assert bare(inspect.signature(getattr(getattr(torchsmooth, layer), name))) == expected
+
+
+def test_attention_is_called_as_torchs_is():
+    ours, theirs = torchsmooth.LowRankMultiheadAttention.forward, nn.MultiheadAttention.forward
+    assert bare(inspect.signature(ours)) == bare(inspect.signature(theirs))
 
 
 def test_methods_of_plans_are_api():
@@ -236,8 +308,22 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_alike",
         "_pivoting",
         "_pivoted_modules",
+        "_lowrank_conv",
         "_lowrank_layer",
+        "_computed",
+        "_expansion",
+        "layer_types",
+        "_linear_parts",
+        "_attend",
+        "attention",
+        "_recurrent",
+        "recurrent",
+        "recurrent_cells",
+        "_lowrank_transposed",
         "lowrank",
+        "lowrank_conv",
+        "lowrank_embedding",
+        "lowrank_transposed",
         "_layers",
         "_swap",
         "_budget",

@@ -12,17 +12,23 @@ from importlib.metadata import PackageNotFoundError, version
 from . import functional
 from .adaptive import Constrained
 from .attach import attach_
+from .attention import LowRankMultiheadAttention
 from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .compress import restore_dense_, svd_compress_
+from .layer_types import register_layer
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .penalties import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative
 from .plan import CompressionPlan
 from .planning import plan_compression, sweep
 from .plotting import plot_weights
 from .rank_tail import RankTail
+from .recurrent import LowRankGRU, LowRankLSTM, LowRankRNN
+from .recurrent_cells import LowRankGRUCell, LowRankLSTMCell, LowRankRNNCell
 from .registry import is_penalized, register_penalty, remove_penalties, smooth_
 from .report import CompressionReport
 from .schedules import StrengthSchedule
@@ -42,7 +48,18 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
+    "LowRankGRU",
+    "LowRankGRUCell",
+    "LowRankLSTM",
+    "LowRankLSTMCell",
     "LowRankLinear",
+    "LowRankMultiheadAttention",
+    "LowRankRNN",
+    "LowRankRNNCell",
     "NuclearNorm",
     "NuclearRatio",
     "RankTail",
@@ -59,6 +76,7 @@ __all__ = [
     "plot_spectra",
     "plot_weights",
     "recalibrate_batchnorm_",
+    "register_layer",
     "register_penalty",
     "remove_penalties",
     "restore_dense_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ._checks import check_values
 from ._layers import KINDS, FoundLayer, find_layers, weight_of
-from ._linalg import LinAlgError, working_copy
+from ._linalg import LinAlgError, pieces, working_copy
 from ._lowrank_layer import multiply_out
 from ._options import decomposition_work, undecomposed
 from ._ranks import ALONE
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._calibration import Calibration
+    from ._layers import Known
     from ._lowrank_layer import LowRankLayer
     from ._ranks import Team
     from .layer_plan import Choice, LayerPlan
@@ -44,13 +46,18 @@ class Replacements(NamedTuple):
 
 
 def replacements_for(
-    layers: Sequence[LayerPlan], model: nn.Module, calibration: Calibration | None = None, team: Team = ALONE
+    layers: Sequence[LayerPlan],
+    model: nn.Module,
+    known: Known | None = None,
+    calibration: Calibration | None = None,
+    team: Team = ALONE,
 ) -> Replacements:
     """Make what a plan puts in the place of the layers of a model, which is not changed.
 
     Args:
         layers: those of the plan.
-        model: the model planned for, or a copy of it with weights of its own.
+        model: the model planned for, or a copy of it with weights of its own; expanded.
+        known: what is known of its modules.
         calibration: batches to fit the factors to; without, they are truncated SVDs of the weights, in scheme
             ``"tucker"`` refined higher-order ones.
         team: the ranks, each with the same plan and the same model. Truncations are made by the rank that decomposed
@@ -60,7 +67,7 @@ def replacements_for(
     Raises:
         ValueError: if the plan does not fit the model, or a weight cannot be decomposed.
     """
-    targets = {found.name: found for found in find_layers(model)}
+    targets = {found.name: found for found in find_layers(model, known)}
     planned = [(layer, layer.choice) for layer in layers if layer.choice is not None]
     if not planned:
         raise ValueError("nothing to compress: every layer of this plan stays dense.")
@@ -130,10 +137,10 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
     if found.reason:
         raise ValueError(f"layer {layer.name!r} is planned to be compressed, but cannot be: {found.reason}.")
     shape = tuple(weight_of(found.module).shape)
-    if (type(found.module).__name__, shape) != (layer.type, layer.shape):
+    if (found.type, shape) != (layer.type, layer.shape):
         raise ValueError(
             f"layer {layer.name!r} is planned as {layer.type} of shape {layer.shape}, but the model has "
-            f"{type(found.module).__name__} of shape {shape}: was the plan made for another model?"
+            f"{found.type} of shape {shape}: was the plan made for another model?"
         )
     layouts = KINDS[type(found.module)].layouts(found.module)
     if layer.scheme not in layouts or layouts[layer.scheme] != layer.options[layer.scheme].matricisation:
@@ -160,10 +167,14 @@ def _truncate_(replacement: LowRankLayer, layer: LayerPlan, choice: Choice, modu
 
 def measured_error(dense: nn.Module, low_rank: LowRankLayer) -> float:
     """Return ‖W − Ŵ‖_F / ‖W‖_F of a layer and what takes its place, as it is stored."""
-    weight = working_copy(weight_of(dense))
-    largest = float(weight.abs().max())
+    weight = weight_of(dense).detach()
+    largest = float(working_copy(torch.maximum(weight.amax(), -weight.amin())))
     if largest == 0:
         return 0.0
-    # Divided first, or the squares of very large and very small entries would leave the range of float64.
-    difference = weight / largest - multiply_out(low_rank).to(weight) / largest
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(weight / largest))
+    missed, whole = 0.0, 0.0
+    product = multiply_out(low_rank)
+    for exact, stored in zip(pieces(weight.flatten(1)), pieces(product.flatten(1)), strict=True):
+        # Divided first, or the squares of very large and very small entries would leave the range of float64.
+        missed += float((exact / largest - stored.to(exact.device) / largest).square().sum())
+        whole += float((exact / largest).square().sum())
+    return math.sqrt(missed / whole)

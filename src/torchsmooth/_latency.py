@@ -19,6 +19,7 @@ from ._timing import median_nanoseconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from ._expansion import Expansion
     from ._matricise import Form, LayerScheme
     from ._running import Inputs
     from ._tucker_layout import Rank
@@ -89,25 +90,38 @@ def measure_times(
     return whole, prices
 
 
-def compare_times(model: nn.Module, inputs: Inputs, replacements: Mapping[nn.Module, nn.Module]) -> tuple[float, float]:
-    """Time a model as it is against itself with some layers replaced, in alternating runs.
+def compare_times(
+    model: nn.Module, inputs: Inputs, replacements: Mapping[nn.Module, nn.Module], expansion: Expansion
+) -> tuple[float, float]:
+    """Time a model as it was given against itself with some layers replaced, in alternating runs.
 
     Args:
-        model: a model; afterwards, and after an error, it is as before.
+        model: a model, expanded; afterwards, and after an error, it is as before.
         inputs: arguments for it.
         replacements: old module to new module.
+        expansion: what was expanded.
 
     Returns:
         Seconds before and after.
     """
     back = {new: old for old, new in replacements.items()}
-    ready: list[Callable[[], object]] = [partial(swap_, model, back), partial(swap_, model, replacements)]
-    everything = nn.ModuleList([model, *replacements.values()])
+
+    def as_it_was() -> None:
+        swap_(model, back)
+        expansion.take_out_()
+
+    def low_rank() -> None:
+        expansion.put_back_()
+        swap_(model, replacements)
+
+    ready: list[Callable[[], object]] = [as_it_was, low_rank]
+    everything = nn.ModuleList([model, *replacements.values(), *expansion.originals])
     try:
         with observing(everything):
             run = partial(inputs.run, model)
             before, after = median_nanoseconds([run, run], _device_of(model), ready)
     finally:
+        expansion.put_back_()
         swap_(model, back)
     return before / 1e9, after / 1e9
 

@@ -8,24 +8,31 @@ so it stays dense, and :func:`find_layers` says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import check_initialised
-from ._lowrank_layer import LowRankLayer, why_not_plain
+from ._lowrank_layer import LowRankLayer, way_to_factor, why_not_plain
 from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
 from ._table import format_rank
 from ._tucker_layout import Layout, TuckerLayout
 from ._whole import check_whole
+from .layer_types import layer_type
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from ._prices import Work
 
 
 # What a user may ask for. A weight without two kernel axes has no spatial scheme, one with a 1×1 kernel or a single
@@ -51,6 +58,10 @@ def _like_linear(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored")
     return LowRankLinear.like(layer, rank, form)
 
 
+def _like_embedding(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored") -> LowRankEmbedding:
+    return LowRankEmbedding.like(layer, rank, form)
+
+
 def _like_conv2d(layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored") -> LowRankLayer:
     if scheme == "tucker":
         return TuckerConv2d.like(layer, rank, form)
@@ -65,43 +76,98 @@ class LayerKind:
         shape: the shape that a layer's weight has by its attributes.
         groups: number of groups of a layer.
         like: ``(layer, rank, scheme, form)`` to a low-rank layer whose factors are still to be filled in.
+        transposed: whether the weight has its inputs first, ``(in, out / groups, *kernel)``.
+        work: at which positions the layer uses each entry of its weight.
+        uncalibrated: why the layer is always compressed without data; empty if it can be fitted to it.
     """
 
     shape: Callable[[Any], tuple[int, ...]]
     groups: Callable[[Any], int]
     like: Maker
+    transposed: bool = False
+    work: Work = "outputs"
+    uncalibrated: str = ""
 
     def layouts(self, layer: nn.Module, options: Sequence[str] = ("auto",)) -> dict[LayerScheme, Layout]:
         """Return the different shapes of factors that some options allow for a layer's weight, by scheme."""
         shape = tuple(weight_of(layer).shape)
-        first_names = distinct_schemes(shape[2:])
+        first_names = distinct_schemes(shape[2:], transposed=self.transposed)
         allowed = {scheme for option in options for scheme in _OPTIONS[option]}
         names = dict.fromkeys(first_names[scheme] for scheme in SCHEMES if scheme in allowed & first_names.keys())
-        layouts: dict[LayerScheme, Layout] = {scheme: matricise(shape, scheme, self.groups(layer)) for scheme in names}
-        tucker = TuckerLayout.of(shape, self.groups(layer)) if "tucker" in allowed else None
+        of_scheme = partial(matricise, shape, groups=self.groups(layer), transposed=self.transposed)
+        layouts: dict[LayerScheme, Layout] = {scheme: of_scheme(scheme) for scheme in names}
+        possible = "tucker" in allowed and not self.transposed
+        tucker = TuckerLayout.of(shape, self.groups(layer)) if possible else None
         if tucker is not None:
             layouts["tucker"] = tucker
-        return layouts or {"channel": matricise(shape, "channel", self.groups(layer))}
+        return layouts or {"channel": of_scheme("channel")}
 
 
-def _like_conv1d(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
-    return LowRankConv1d.like(layer, rank, scheme, form)
+def _like_of(cls: Any) -> Maker:
+    def like(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
+        made: LowRankLayer = cls.like(layer, rank, scheme, form)
+        return made
 
-
-def _like_conv3d(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
-    return LowRankConv3d.like(layer, rank, scheme, form)
+    return like
 
 
 def _groups_of(layer: Any) -> int:
     return int(layer.groups)
 
 
+def _transposed_kind(cls: Any) -> LayerKind:
+    return LayerKind(
+        shape=cls.shape_of, groups=_groups_of, like=_like_of(cls), transposed=True, work="inputs",
+        uncalibrated="not calibrated: it is a transposed convolution",
+    )  # fmt: skip
+
+
 KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(shape=LowRankLinear.shape_of, groups=lambda _: 1, like=_like_linear),
-    nn.Conv1d: LayerKind(shape=LowRankConv1d.shape_of, groups=_groups_of, like=_like_conv1d),
+    nn.Conv1d: LayerKind(shape=LowRankConv1d.shape_of, groups=_groups_of, like=_like_of(LowRankConv1d)),
     nn.Conv2d: LayerKind(shape=LowRankConv2d.shape_of, groups=_groups_of, like=_like_conv2d),
-    nn.Conv3d: LayerKind(shape=LowRankConv3d.shape_of, groups=_groups_of, like=_like_conv3d),
+    nn.Conv3d: LayerKind(shape=LowRankConv3d.shape_of, groups=_groups_of, like=_like_of(LowRankConv3d)),
+    nn.ConvTranspose1d: _transposed_kind(LowRankConvTranspose1d),
+    nn.ConvTranspose2d: _transposed_kind(LowRankConvTranspose2d),
+    nn.ConvTranspose3d: _transposed_kind(LowRankConvTranspose3d),
+    nn.Embedding: LayerKind(
+        shape=LowRankEmbedding.shape_of,
+        groups=lambda _: 1,
+        like=_like_embedding,
+        transposed=True,
+        work="lookups",
+        uncalibrated="not calibrated: it looks rows up",
+    ),
 }
+
+
+class Origin(NamedTuple):
+    """What a plain layer stands for while a model is planned or compressed.
+
+    Attributes:
+        type: class name of the layer that is in the model otherwise.
+        parameters: entries that it stores of its weight.
+    """
+
+    type: str
+    parameters: int
+
+
+class Known(Protocol):
+    """What is known of modules of a model beside what they are: an :class:`Expansion`."""
+
+    @property
+    def origins(self) -> Mapping[nn.Module, Origin]:
+        """For plain layers that stand for another, what that is."""
+
+    @property
+    def reasons(self) -> Mapping[nn.Module, str]:
+        """For others, why they have to stay as they are."""
+
+
+class _NothingKnown:
+    origins: Mapping[nn.Module, Origin] = MappingProxyType({})
+    reasons: Mapping[nn.Module, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -111,11 +177,15 @@ class FoundLayer:
     Attributes:
         name: qualified name, the first one if the module has several.
         module: the module.
+        type: class name of the layer, as the user knows it.
+        parameters: entries of its weight, as they are stored.
         reason: why it cannot be compressed; empty if it can.
     """
 
     name: str
     module: nn.Module
+    type: str
+    parameters: int
     reason: str = ""
 
 
@@ -134,7 +204,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """List the parameters with at least two axes that make up one layer, the largest first."""
-    own = [one for one in module._parameters.values() if one is not None]
+    # Attention may have biases of the keys and values, of three axes.
+    own = [one for name, one in module._parameters.items() if one is not None and not name.startswith("bias")]
     if parametrize.is_parametrized(module):
         own += module.parametrizations.parameters()  # type: ignore[union-attr]
     if isinstance(module, LowRankLayer):
@@ -142,23 +213,35 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     return sorted((one for one in own if one.dim() > 1), key=lambda one: -one.numel())
 
 
-def find_layers(model: nn.Module) -> list[FoundLayer]:
+def find_layers(model: nn.Module, known: Known | None = None) -> list[FoundLayer]:
     """List every module that holds a weight, with the reason where it has to stay dense.
+
+    Args:
+        model: the model, with composite layers expanded or not.
+        known: what is known of its modules.
 
     Raises:
         ValueError: if a parameter is not initialised, the model is sharded or wrapped, or is itself one single layer.
     """
+    known = known or _NothingKnown()
     check_initialised(model)
     check_whole(model)
-    if type(model) in KINDS or isinstance(model, LowRankLayer):
+    if type(model) in KINDS or isinstance(model, LowRankLayer) or layer_type(model) is not None:
         name = type(model).__name__
-        way = f"LowRank{name}.from_{name.lower()}(layer, rank)" if type(model) in KINDS else "to_dense() of the layer"
+        way = "to_dense() of the layer" if isinstance(model, LowRankLayer) else ""
+        way = f"{way_to_factor(type(model))}(layer, rank)" if type(model) in KINDS else way
         raise ValueError(
-            f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
-            f"use {way}, or wrap it in a torch.nn.Sequential."
+            f"the model is itself a {name}, with no parent in which it could be replaced: "
+            f"{f'use {way}, or ' if way else ''}wrap it in a torch.nn.Sequential."
         )
     sharing = Sharing(model)
-    return [FoundLayer(name, module, _reason(name, module, sharing)) for name, module in _walk(model)]
+    return [_found(name, module, known, _reason(name, module, sharing, known)) for name, module in _walk(model)]
+
+
+def _found(name: str, module: nn.Module, known: Known, reason: str) -> FoundLayer:
+    stored = sum(one.numel() for one in weights_of(module))
+    origin = known.origins.get(module, Origin(type(module).__name__, stored))
+    return FoundLayer(name, module, origin.type, origin.parameters, reason)
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -171,16 +254,25 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside.update(module.parametrizations.modules())
         if isinstance(module, LowRankLayer):
             inside.update(module.modules())
-        if type(module) in KINDS or weights_of(module):
+        if type(module) in KINDS or weights_of(module) or _quantised(module):
             yield name, module
 
 
-def _reason(name: str, module: nn.Module, sharing: Sharing) -> str:
+def _quantised(module: nn.Module) -> bool:
+    """Tell whether a module of torch.ao keeps a quantised weight, which is no parameter."""
+    return callable(getattr(module, "weight", None)) and type(module).__module__.startswith("torch.ao.")
+
+
+def _reason(name: str, module: nn.Module, sharing: Sharing, known: Known) -> str:
     """Say why a layer has to stay dense, or return an empty string."""
+    if module in known.reasons:
+        return known.reasons[module]
     if isinstance(module, LowRankLayer):
-        return f"already low-rank (rank {format_rank(module.rank)}); restore_dense_ it to compress it anew"
+        return f"already low-rank (rank {format_rank(module.rank)})"
     if parametrize.is_parametrized(module):
         return "parametrized (call remove_parametrizations first)"
+    if _quantised(module):
+        return f"{type(module).__name__} is quantised already (compress first, then quantise)"
     kind = KINDS.get(type(module))
     if kind is None:
         return f"{type(module).__name__} is not supported"

@@ -9,12 +9,20 @@ digits, take the SVD.
 
 from __future__ import annotations
 
+import math
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+# Entries of a weight that are in float64 at a time, where a loop over pieces will do.
+_PIECE = 1 << 20
 
 
 def working_copy(matrices: Tensor) -> Tensor:
@@ -23,6 +31,24 @@ def working_copy(matrices: Tensor) -> Tensor:
         matrices = matrices.cpu()
     work: Tensor = matrices.detach().to(torch.float64)
     return work
+
+
+def pieces(matrices: Tensor) -> Iterator[Tensor]:
+    """Yield matrices ``(..., m, n)`` in float64, some columns at a time: a copy of the whole would take much memory."""
+    rows = max(1, math.prod(matrices.shape[:-1]))
+    for piece in torch.split(matrices, max(1, _PIECE // rows), -1):
+        yield working_copy(piece)
+
+
+def _gram(wide: Tensor) -> Tensor:
+    """Return M Mᵀ in float64."""
+    batch = wide.reshape(-1, *wide.shape[-2:])
+    parts = pieces(batch)
+    first = next(parts)
+    gram = first @ first.mT
+    for piece in parts:
+        gram.baddbmm_(piece, piece.mT)
+    return gram.reshape(*wide.shape[:-1], wide.shape[-2])
 
 
 def eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,13 +114,13 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
         ``(..., k)`` and ``(..., k, k)`` in float64, k = min(m, n); the columns of the second are orthonormal. They are
         left singular vectors of a wide or square matrix, right ones of a tall one.
     """
-    work = working_copy(matrices)
-    if work.shape[-2] > work.shape[-1]:
-        work = work.mT
+    wide = matrices.detach()
+    if wide.shape[-2] > wide.shape[-1]:
+        wide = wide.mT
     if matrices.dtype == torch.float64:
-        basis, values, _ = torch.linalg.svd(work, full_matrices=False)
+        basis, values, _ = torch.linalg.svd(wide, full_matrices=False)
         return values, basis
-    squares, vectors = eigen(work @ work.mT)
+    squares, vectors = eigen(_gram(wide))
     return squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
 
 
@@ -110,10 +136,10 @@ def singular_values(matrices: Tensor) -> Tensor:
     if matrices.dtype == torch.float64:
         values: Tensor = torch.linalg.svdvals(matrices.detach())
         return values
-    work = working_copy(matrices)
-    if work.shape[-2] > work.shape[-1]:
-        work = work.mT
-    return eigenvalues(work @ work.mT).flip(-1).clamp_min(0).sqrt()
+    wide = matrices.detach()
+    if wide.shape[-2] > wide.shape[-1]:
+        wide = wide.mT
+    return eigenvalues(_gram(wide)).flip(-1).clamp_min(0).sqrt()
 
 
 def relative_tail_energies(values: Tensor) -> Tensor:
@@ -167,14 +193,15 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]
         ``up`` and ``down`` as in :func:`truncated_factors`, and ``(groups, rank)`` in float64: the norm of the
         projection onto each column, which is the singular value if the basis belongs to the matrices.
     """
-    work = working_copy(matrices)
-    tall = work.shape[-2] > work.shape[-1]
+    matrices = matrices.detach()
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
     # Scaled first, or the squares of very large and very small entries would leave the range of float64; by a power of
     # four, so that nothing is rounded, neither here nor by the square root below.
-    power = (torch.frexp(work.abs().amax((-2, -1), keepdim=True)).exponent // 2).to(torch.float64)
-    half = power.exp2()
-    basis = basis.to(work.device)
-    projected = basis.mT @ ((work.mT if tall else work) / half / half)
+    largest = working_copy(torch.maximum(matrices.amax((-2, -1), keepdim=True), -matrices.amin((-2, -1), keepdim=True)))
+    half = (torch.frexp(largest).exponent // 2).to(torch.float64).exp2()
+    basis = basis.to(half.device)
+    projected = torch.cat([basis.mT @ (piece / half / half) for piece in pieces(wide)], -1)
     sizes = torch.linalg.vector_norm(projected, dim=-1)
     root = sizes.sqrt()
     inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)

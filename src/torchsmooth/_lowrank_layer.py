@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ._matricise import Form, Matricisation
     from ._spectrum import Decomposition
 
-_STATE_HOOKS = (
+STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -28,7 +28,16 @@ _STATE_HOOKS = (
 )
 
 # The layers of torch for which there is a LowRank class.
-_FACTORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FACTORED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
 
 _Layer = TypeVar("_Layer", bound="LowRankLayer")
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -39,11 +48,14 @@ class LowRankLayer(nn.Module):
 
     Attributes:
         factor_children: the children whose weights are the factors, from the output to the input.
+        transposed: whether the weight of the dense layer has its inputs first, ``(in, out / groups, …)``. All weights
+            that a layer takes and gives are laid out as the dense layer's is; that of factors does not depend on it.
         rank: the rank, or a pair of them.
         form: how the factors are stored.
     """
 
     factor_children: ClassVar[tuple[str, ...]] = ("up", "down")
+    transposed: ClassVar[bool] = False
     rank: Any
     form: Form
 
@@ -73,7 +85,7 @@ class LowRankLayer(nn.Module):
 
     @abstractmethod
     def product_of(self, factors: tuple[Tensor, ...]) -> Tensor:
-        """Multiply factors out to a weight ``(out, in / groups, …)``."""
+        """Multiply factors out to a weight, laid out as that of the dense layer."""
 
     @abstractmethod
     def truncate_(self, weight: Tensor, spectrum: Decomposition | None = None) -> None:
@@ -250,15 +262,17 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
         return "weight is empty"
     if tuple(weight.shape) != shape:
         return f"weight is of shape {tuple(weight.shape)}, but the layer's attributes say {shape}"
-    if "bias" not in module._parameters:
+    if "bias" not in module._parameters and hasattr(module, "bias"):  # an embedding has none at all
         return "bias is not a plain parameter (pruned, or a buffer)"
     extras = [*(module._parameters.keys() - {"weight", "bias"}), *module._buffers, *module._modules]
     if extras:
         return f"it has more than a weight and a bias: {quoted(extras)}"
-    if any(vars(module).get(hooks) for hooks in _STATE_HOOKS):
+    if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         return "it has state-dict hooks, which expect the key 'weight'"
     patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
-    return f"its {patched[0]} was replaced on this instance" if patched else ""
+    bounded = getattr(module, "max_norm", None) is not None
+    otherwise = "max_norm rescales its rows in place when they are looked up (set it to None first)" if bounded else ""
+    return f"its {patched[0]} was replaced on this instance" if patched else otherwise
 
 
 def check_rank(rank: object, matricisation: Matricisation, form: Form, whole: str) -> int:
@@ -279,8 +293,8 @@ def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) ->
     """Return the weight of a layer that is about to be factored, or say why it cannot be."""
     name = type(module).__name__
     if not isinstance(module, expected):
-        other = next((one.__name__ for one in _FACTORED if isinstance(module, one)), "")
-        advice = f" Use LowRank{other}.from_{other.lower()} for that." if other else ""
+        other = next((one for one in _FACTORED if isinstance(module, one)), None)
+        advice = f" Use {way_to_factor(other)} for that." if other else ""
         raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}.{advice}")
     weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
@@ -294,6 +308,12 @@ def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) ->
     if reason:
         raise ValueError(f"this {name} cannot be factored: {reason}.")
     return weight
+
+
+def way_to_factor(dense_class: type[nn.Module]) -> str:
+    """Name the method that factors a layer of torch."""
+    name = dense_class.__name__
+    return f"LowRank{name}.from_{name.replace('Transpose', '_transpose').lower()}"
 
 
 def memory_format_of(weight: Tensor) -> torch.memory_format:
@@ -336,7 +356,9 @@ def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -
                 f"{type(child).__name__} without a plain weight (quantised or parametrized after it was compressed)."
             )
     own = layer._factor("up")
-    dense: Any = uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
+    if cls is not nn.Embedding:  # which never has one
+        kwargs["bias"] = False
+    dense: Any = uninitialised(cls, *args, **kwargs, device=own.device, dtype=own.dtype)
     bias = layer.bias
     with torch.no_grad():
         exact = tuple(working_copy(factor) for factor in layer.factors())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._linalg import working_copy
+from ._linalg import pieces, working_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +33,8 @@ def importances(weights: Sequence[Tensor]) -> list[float]:
 
 def _log_norm(weight: Tensor) -> float:
     """Return log2 ‖W‖_F: the norm itself, or a square on the way to it, may leave the range of float64."""
-    work = working_copy(weight)
-    largest = float(work.abs().max())
+    largest = float(working_copy(torch.maximum(weight.detach().amax(), -weight.detach().amin())))
     if largest == 0:
         return -math.inf
-    return math.log2(float(torch.linalg.vector_norm(work / largest))) + math.log2(largest)
+    squares = [float((piece / largest).square().sum()) for piece in pieces(weight.detach().flatten(1))]
+    return math.log2(math.fsum(squares)) / 2 + math.log2(largest)

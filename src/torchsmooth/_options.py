@@ -29,17 +29,41 @@ if TYPE_CHECKING:
 # What a decomposition takes at least, in multiplications in its time: the calls themselves.
 _OVERHEAD = 10**6
 
+# Bytes of bases that a plan keeps at most, unless those of a few of the largest layers take more.
+_ROOM, _LAYERS = 1 << 26, 2
+
 # The side of a scheme's matrix on which a basis of Tucker-2 lies.
 _TUCKER_SIDES: dict[LayerScheme, str] = {"channel": "up", "input": "down"}
 
 
-def options_of(found: FoundLayer, schemes: Sequence[str], importance: float) -> dict[LayerScheme, Option]:
+def bases_kept(layouts: Mapping[str, Iterable[Layout]]) -> set[str]:
+    """Choose layers whose bases are kept between planning and factoring: the first ones, as far as the memory goes.
+
+    Args:
+        layouts: the schemes of each layer, by name.
+    """
+    needs = {
+        name: sum(8 * one.groups * one.full_rank**2 for one in several if isinstance(one, Matricisation))
+        for name, several in layouts.items()
+    }
+    kept, room = set(), max(_ROOM, _LAYERS * max(needs.values(), default=0))
+    for name, need in needs.items():
+        if need <= room:
+            kept.add(name)
+            room -= need
+    return kept
+
+
+def options_of(
+    found: FoundLayer, schemes: Sequence[str], importance: float, *, keep_bases: bool
+) -> dict[LayerScheme, Option]:
     """Decompose a layer in every scheme that was asked for.
 
     Args:
         found: a layer that can be compressed, with finite values.
         schemes: some of ``SCHEME_OPTIONS``.
         importance: what its squared relative errors are multiplied with to become losses.
+        keep_bases: whether singular vectors are kept for when the layer is factored.
 
     Raises:
         ValueError: if the weight cannot be decomposed; the message names the layer.
@@ -47,7 +71,7 @@ def options_of(found: FoundLayer, schemes: Sequence[str], importance: float) -> 
     weight = weight_of(found.module)
     layouts = KINDS[type(found.module)].layouts(found.module, schemes)
     try:
-        known = _decomposed(layouts, weight)
+        known = _decomposed(layouts, weight, keep=keep_bases)
     except LinAlgError as error:
         raise undecomposed(found.name, error) from error
     options: dict[LayerScheme, Option] = {}
@@ -74,22 +98,29 @@ def decomposition_work(layouts: Iterable[Layout]) -> int:
     return work
 
 
-def _decomposed(layouts: Mapping[LayerScheme, Layout], weight: Tensor) -> dict[LayerScheme, Decomposition]:
+def _decomposed(
+    layouts: Mapping[LayerScheme, Layout], weight: Tensor, *, keep: bool
+) -> dict[LayerScheme, Decomposition]:
     """Decompose a weight in some schemes: with bases where they are needed for planning already, or there is no choice.
 
-    Tucker-2 takes its bases from the schemes ``channel`` and ``input``, where they are planned, too.
+    Tucker-2 takes its bases from the schemes ``channel`` and ``input``, where they are planned, too. Unless bases are
+    to be kept, they are computed again when the layer is factored.
     """
     known: dict[LayerScheme, Decomposition] = {}
     bases: dict[LayerScheme, Tensor | None] = {}
     for scheme, layout in layouts.items():
         if isinstance(layout, Matricisation):
-            with_basis = len(layouts) == 1 or ("tucker" in layouts and scheme in _TUCKER_SIDES)
-            spectrum = Spectrum(layout.to_matrices(weight), with_basis=with_basis)
+            for_tucker = "tucker" in layouts and scheme in _TUCKER_SIDES
+            with_basis = for_tucker or (keep and len(layouts) == 1)
+            spectrum = Spectrum(layout.to_matrices(weight), with_basis=with_basis, keep=keep)
             small_side = "up" if layout.rows <= layout.columns else "down"
             bases[scheme] = spectrum.basis if _TUCKER_SIDES.get(scheme) == small_side else None
             known[scheme] = spectrum
         elif isinstance(layout, TuckerLayout):  # after the others: in the order of LAYER_SCHEMES it is the last
             known[scheme] = TuckerSpectrum(layout.to_tensors(weight), bases.get("channel"), bases.get("input"))
+    if not keep:
+        for one in known.values():
+            one.forget_()
     return known
 
 

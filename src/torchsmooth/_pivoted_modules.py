@@ -97,6 +97,20 @@ def take_channels(tensor: Tensor, order: Tensor, dim: int, start: int, stop: int
     return taken.reshape(*last.shape[:-1], stop - start).movedim(-1, dim)
 
 
+@torch.fx.wrap  # a symbolic trace does not know whether a tensor is nested
+def end_to_end(tensor: Tensor) -> Tensor:
+    """Put the samples of a nested tensor one after another; leave any other tensor as it is."""
+    return torch.cat(tensor.unbind()) if tensor.is_nested else tensor
+
+
+@torch.fx.wrap
+def nested_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`end_to_end`: cut a tensor into samples as long as those of ``like``, if that is nested."""
+    if not like.is_nested:
+        return tensor
+    return torch.nested.as_nested_tensor(list(torch.split(tensor, [len(one) for one in like.unbind()])))
+
+
 class ChannelMerge(Ordered):
     """Puts the output channels that ``down`` computes among those of ``up``, and adds the bias.
 
@@ -136,12 +150,12 @@ class ChannelMerge(Ordered):
 
     def forward(self, pivots: Tensor, others: Tensor) -> Tensor:
         """Merge ``groups · rank`` and ``groups · (channels - rank)`` channels."""
-        both = torch.cat([pivots, others], self.dim)
+        both = torch.cat([end_to_end(pivots), end_to_end(others)], self.dim)
         merged = take_channels(both, self.order, self.dim, 0, self.groups * self.rows)
-        if self.bias is None:
-            return merged
-        bias = self.bias.to(merged.dtype)  # under autocast the sum would come out in the dtype of the bias
-        return merged.add_(bias.reshape(-1, *[1] * (-1 - self.dim)))  # nobody else has seen it yet
+        if self.bias is not None:
+            bias = self.bias.to(merged.dtype)  # under autocast the sum would come out in the dtype of the bias
+            merged = merged.add_(bias.reshape(-1, *[1] * (-1 - self.dim)))  # nobody else has seen it yet
+        return nested_like(merged, pivots)
 
 
 class ChannelSplit(Ordered):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ._linalg import decompose, factors_in, relative_tail_energies, singular_values, truncated_factors, working_copy
+from ._linalg import decompose, factors_in, pieces, relative_tail_energies, singular_values, truncated_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,9 @@ class Decomposition(Protocol):
 
     def errors(self) -> Tensor:
         """Return the squared relative error of every rank."""
+
+    def forget_(self) -> None:
+        """Leave the memory of bases to others."""
 
     def factors(self, matrices: Tensor, rank: Any, /) -> tuple[Tensor, ...]:
         """Return the factors at a rank, without decomposing again if these are the matrices known here."""
@@ -35,12 +38,14 @@ class Spectrum:
     Args:
         matrices: ``(groups, m, n)``, any floating dtype, finite.
         with_basis: whether to compute the basis now, which is cheaper than computing it later; otherwise
-            :meth:`factors` does so when it is first called.
+            :meth:`factors` does so when it is called.
+        keep: whether to keep the basis; where memory is short, it is computed again each time.
     """
 
-    def __init__(self, matrices: Tensor, *, with_basis: bool) -> None:
+    def __init__(self, matrices: Tensor, *, with_basis: bool, keep: bool = True) -> None:
         self._values: Tensor
         self._basis: Tensor | None = None
+        self._keep = keep
         if with_basis:
             values, basis = decompose(matrices)
             self._values, self._basis = values.cpu(), basis.cpu()
@@ -51,6 +56,10 @@ class Spectrum:
     def basis(self) -> Tensor | None:
         """The singular vectors of the small side, ``(groups, k, k)``, where they are known."""
         return self._basis
+
+    def forget_(self) -> None:
+        """Let go of the basis: it is computed again when it is needed."""
+        self._basis = None
 
     def errors(self) -> Tensor:
         """Return the squared relative error of every rank, ``(full_rank + 1,)``, one first and zero last."""
@@ -68,7 +77,7 @@ class Spectrum:
             values, basis = decompose(matrices)
             if not self._agrees(values):  # the weight of another model: nothing to keep
                 return factors_in(basis[..., :rank], matrices)[:2]
-            self._basis = basis.cpu()
+            self._basis = basis.cpu() if self._keep else None
         up, down, sizes = factors_in(basis[..., :rank], matrices)
         return (up, down) if self._holds(sizes, matrices) else truncated_factors(matrices, rank)
 
@@ -81,8 +90,10 @@ class Spectrum:
         """Check that the basis belongs to the matrices: what it holds of them, and what it leaves, is as it was."""
         scale = self._values.amax(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        work = working_copy(matrices)
-        whole = (work / scale.to(work.device)[:, None, None]).square().sum((-2, -1)).cpu()
+        wide = matrices.detach()
+        per_group = scale[:, None, None]
+        parts = ((piece / per_group.to(piece.device)).square().sum((-2, -1)).cpu() for piece in pieces(wide))
+        whole = torch.stack(list(parts)).sum(0)
         expected = (self._values / scale.unsqueeze(-1)).square().sum(-1)
         return self._agrees(sizes) and bool(((whole - expected).abs() <= _SAME * expected).all())
 
@@ -90,4 +101,4 @@ class Spectrum:
         return self  # nothing of it ever changes, but that a basis comes to be known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_values": self._values, "_basis": None}
+        return {"_values": self._values, "_basis": None, "_keep": self._keep}

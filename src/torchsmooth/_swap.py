@@ -9,6 +9,8 @@ from torch import nn
 from ._lowrank_layer import LowRankLayer
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv2d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose2d
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ _HOOKS = (
 )
 
 
+# Says, in a module that stands for one of a registered type, for which: text, so that it can be pickled.
+SOURCE = "_torchsmooth_source"
+
 # What the layers themselves keep; anything else a user has put there.
 _STANDARD = frozenset().union(
     *(
@@ -34,8 +39,12 @@ _STANDARD = frozenset().union(
         for layer in (
             nn.Linear(1, 1, device="meta"),
             nn.Conv2d(1, 1, 1, device="meta"),
+            nn.ConvTranspose2d(1, 1, 1, device="meta"),
+            nn.Embedding(1, 1, device="meta"),
             LowRankLinear(1, 1, 1, device="meta"),
             LowRankConv2d(1, 1, 1, 1, device="meta"),
+            LowRankConvTranspose2d(1, 1, 1, 1, device="meta"),
+            LowRankEmbedding(1, 1, 1, device="meta"),
             TuckerConv2d(2, 2, 2, 1, device="meta"),
         )
     )
@@ -44,16 +53,29 @@ _STANDARD = frozenset().union(
 
 def take_over_(new: nn.Module, old: nn.Module) -> None:
     """Give a replacement the hooks, the very bias and the user's own attributes of the layer it stands in for."""
+    take_over_hooks_(new, old, private=True)
+    bias = getattr(old, "bias", None)  # an embedding has none
+    if isinstance(bias, nn.Parameter):
+        owner = new.bias_owner if isinstance(new, LowRankLayer) else new
+        owner.register_parameter("bias", bias)
+
+
+def take_over_hooks_(new: nn.Module, old: nn.Module, *, private: bool = False) -> None:
+    """Give a replacement the hooks and the user's own attributes of the module it stands in for.
+
+    Args:
+        new: the replacement.
+        old: what it replaces.
+        private: also attributes that begin with an underscore; in a composite layer those are its own.
+    """
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
     for name, value in vars(old).items():
         # One by the name of a child would hide it.
-        if name not in _STANDARD and name not in new._modules and not name.startswith("_torchsmooth"):
+        if name in _STANDARD or name in new._modules or (name.startswith("_torchsmooth") and name != SOURCE):
+            continue
+        if private or not name.startswith("_"):
             new.__dict__.setdefault(name, value)
-    bias = old.bias
-    if isinstance(bias, nn.Parameter):
-        owner = new.bias_owner if isinstance(new, LowRankLayer) else new
-        owner.register_parameter("bias", bias)
 
 
 def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

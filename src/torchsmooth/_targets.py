@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._latency import measure_times
-from ._layers import count_parameters
+from ._layers import KINDS
 from ._macs import observe_macs
 from ._prices import MacPrices
 from ._running import as_inputs
@@ -46,7 +47,7 @@ WORDS: dict[Target, Words] = {
     "latency": Words("nanoseconds", "the model's time", "no rank is faster", "worth its time in this budget"),
 }
 
-NOT_REACHED = "the example inputs never reach it"
+NOT_REACHED = "never called on the example inputs"
 
 
 def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
@@ -63,6 +64,7 @@ def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
 
 def price_(
     model: nn.Module,
+    parameters: int,
     target: Target,
     inputs: Inputs | None,
     candidates: Mapping[str, tuple[LayerPlan, nn.Module]],
@@ -72,16 +74,17 @@ def price_(
 ) -> int:
     """Set the prices of the layers that can be compressed, and return what the whole model costs."""
     if target == "params" or inputs is None:
-        return count_parameters(model)
+        return parameters
     if target == "macs":
         whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
-        for name, (layer, _) in candidates.items():
-            layer.prices = MacPrices(found[name], layer.parameters_before)
+        for name, (layer, module) in candidates.items():
+            layer.prices = MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
+            if not found[name].outputs:
+                layer.reason = NOT_REACHED
     else:
         whole, times = measure_times(model, inputs, candidates, multiple=multiple, show=show)
         for name, (layer, _) in candidates.items():
             layer.prices = times[name]
-    for layer, _ in candidates.values():
-        if not layer.prices.dense:
-            layer.reason = NOT_REACHED
+            if not layer.prices.dense:
+                layer.reason = NOT_REACHED
     return whole

@@ -31,6 +31,10 @@ class TuckerSpectrum:
         self._bases: tuple[Tensor, Tensor] | None = (outer.cpu(), inner.cpu())
         self._energies = tucker_energies(tensors, (outer, inner))
 
+    def forget_(self) -> None:
+        """Let go of the bases: they are computed again when they are needed."""
+        self._bases = None
+
     def errors(self) -> Tensor:
         """Return the squared relative error of every pair of ranks, ``(full_in + 1, full_out + 1)``."""
         return tucker_errors(self._energies)

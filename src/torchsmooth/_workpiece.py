@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ._budget import uniformly, within_budget, within_error
 from ._calibration import Calibration, grouped_weight, width_of
 from ._checks import check_choice, check_count, check_filter, check_values, describe
+from ._computed import computing
+from ._expansion import refuse_low_rank
 from ._fine_ranks import raise_pairs
-from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, count_parameters, find_layers, weight_of, weights_of
+from ._layers import KINDS, SCHEME_OPTIONS, FoundLayer, find_layers, weight_of, weights_of
+from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS
 from ._objective import importances
-from ._options import decomposition_work, options_of, output_losses
+from ._options import bases_kept, decomposition_work, options_of, output_losses
+from ._prices import ParameterPrices
 from ._ranks import ALONE
 from ._targets import NOT_REACHED, TARGETS, WORDS, Target, needed_inputs, price_
 from .layer_plan import LayerPlan
@@ -26,14 +30,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ._budget import Frontier
+    from ._expansion import Expansion
     from ._matricise import Form, LayerScheme
     from ._ranks import Team
     from ._running import Inputs
+    from ._tucker_layout import Layout
     from .layer_plan import Choice, Option
 
 Allocation = Literal["budget", "uniform"]
 SchemeOption = Literal["auto", "channel", "input", "spatial", "tucker"]
 FormOption = Literal["auto", "factored", "pivoted"]
+Computed = Literal["keep", "merge"]
 
 _FORMS: dict[str, tuple[Form, ...]] = {"auto": FORMS, "factored": ("factored",), "pivoted": ("pivoted",)}
 _FILTERED = "left out by filter_fn"
@@ -53,6 +60,7 @@ class Request:
     show: bool | None
     calibration: Calibration | None
     team: Team
+    parametrized: Computed
 
     @classmethod
     def of(
@@ -67,6 +75,7 @@ class Request:
         filter_fn: Callable[[nn.Module, str], bool] | None,
         progress: bool | None,
         calibration: Any,
+        parametrized: Computed = "keep",
         team: Team = ALONE,
     ) -> Request:
         """Check what a user asks for."""
@@ -76,6 +85,7 @@ class Request:
         check_choice(form, "form", get_args(FormOption))
         check_choice(allocation, "allocation", get_args(Allocation))
         check_choice(target, "target", TARGETS)
+        check_choice(parametrized, "parametrized", get_args(Computed))
         check_filter(filter_fn)
         multiple = check_count(rank_multiple, "rank_multiple", 2**31 - 1, "ranks are multiples of it")
         if progress is not None and not isinstance(progress, bool):
@@ -83,7 +93,18 @@ class Request:
         inputs = needed_inputs(target, example_inputs)
         show = team.shown(progress)
         kept = Calibration.of(calibration, show, team)
-        return cls(schemes, form, allocation, target, inputs, multiple, filter_fn, show, kept, team)
+        return cls(schemes, form, allocation, target, inputs, multiple, filter_fn, show, kept, team, parametrized)
+
+    def refusal(self, module: nn.Module, name: str) -> str:
+        """Say why a composite layer is not to be written in plain ones; empty if it is."""
+        if self.filter_fn is not None and not self.filter_fn(module, name):
+            return _FILTERED
+        computed = computing(module)
+        if computed and self.parametrized == "keep":
+            return f"{computed} (parametrized='merge' compresses what is computed)"
+        if isinstance(module, LowRankLayer) and self.target != "params":
+            return refuse_low_rank(module, f"target {self.target!r} compresses no layer twice: restore_dense_ it first")
+        return ""
 
 
 class Workpiece:
@@ -92,22 +113,25 @@ class Workpiece:
     Among several ranks, layers are decomposed by one rank each, and the first one decides: it prices and it plans.
 
     Args:
-        model: the model.
+        model: the model, expanded.
         request: what was asked for.
+        expansion: what was expanded in it.
     """
 
-    def __init__(self, model: nn.Module, request: Request) -> None:
+    def __init__(self, model: nn.Module, request: Request, expansion: Expansion) -> None:
         self.model, self.request = model, request
-        found = [_unless_filtered(one, request.filter_fn) for one in find_layers(model)]
-        self.parameters = count_parameters(model)
+        found = [_unless_filtered(one, request.filter_fn, expansion) for one in find_layers(model, expansion)]
+        self.parameters = expansion.parameters
         weights = {one.name: weight_of(one.module) for one in found if not one.reason}
         for name, weight in weights.items():
             check_values(weight, name)
         importance = dict(zip(weights, importances(list(weights.values())), strict=True))
         able = {one.name: one for one in found if not one.reason}
+        layouts = {name: _layouts(one, request.schemes) for name, one in able.items()}
+        kept = bases_kept(layouts)
         options = request.team.share(
-            request.team.divide({name: _work(one, request.schemes) for name, one in able.items()}),
-            lambda name: options_of(able[name], request.schemes, importance[name]),
+            request.team.divide({name: decomposition_work(several) for name, several in layouts.items()}),
+            lambda name: options_of(able[name], request.schemes, importance[name], keep_bases=name in kept),
             "Decomposing layers",
             show=request.show,
         )
@@ -117,6 +141,7 @@ class Workpiece:
         self.cost = request.team.first(
             lambda: price_(
                 model,
+                self.parameters,
                 request.target,
                 request.inputs,
                 {one.name: (one, able[one.name].module) for one in self.layers if one.options},
@@ -258,7 +283,7 @@ class Workpiece:
         found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"
         return (
             f"nothing to compress in this {kind}: {found}. "
-            "Linear and Conv2d layers with more than a few channels can be."
+            "Linear layers, convolutions and embeddings with more than a few channels can be."
         )
 
 
@@ -270,25 +295,26 @@ def _listed(scheme: Any) -> tuple[Any, ...]:
     raise TypeError(f"scheme must be a name or a sequence of names, got {describe(scheme)}.")
 
 
-def _unless_filtered(found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None) -> FoundLayer:
-    if not found.reason and filter_fn is not None and not filter_fn(found.module, found.name):
-        return FoundLayer(found.name, found.module, _FILTERED)
-    return found
+def _unless_filtered(
+    found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None, expansion: Expansion
+) -> FoundLayer:
+    if found.reason or filter_fn is None or found.module in expansion.origins:  # those were asked for before
+        return found
+    return found if filter_fn(found.module, found.name) else replace(found, reason=_FILTERED)
 
 
-def _work(found: FoundLayer, schemes: Sequence[str]) -> int:
-    return decomposition_work(KINDS[type(found.module)].layouts(found.module, schemes).values())
+def _layouts(found: FoundLayer, schemes: Sequence[str]) -> list[Layout]:
+    return list(KINDS[type(found.module)].layouts(found.module, schemes).values())
 
 
 def _layer_plan(found: FoundLayer, request: Request, options: Mapping[LayerScheme, Option]) -> LayerPlan:
     module, forms = found.module, _FORMS[request.form]
-    kind = type(module).__name__
-    if found.reason:
-        weights = weights_of(module)
-        plan = LayerPlan(found.name, kind, tuple(weights[0].shape) if weights else (), {}, found.reason, forms=forms)
-        plan.parameters_before = sum(one.numel() for one in weights)
-        return plan
-    return LayerPlan(found.name, kind, tuple(weight_of(module).shape), options, forms=forms)
+    weights = weights_of(module)
+    shape = tuple(weights[0].shape) if weights else ()
+    plan = LayerPlan(found.name, found.type, shape, options, found.reason, forms=forms)
+    plan.parameters_before = found.parameters
+    plan.prices = ParameterPrices(found.parameters)
+    return plan
 
 
 def _nothing_within(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ._backup import Backup
 from ._checks import check_initialised, check_module, describe, quoted
+from ._expansion import expanded_
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Form, Matricisation
@@ -18,6 +20,7 @@ from ._swap import swap_, take_over_
 from ._tucker_layout import Layout, TuckerLayout
 
 if TYPE_CHECKING:
+    from ._expansion import Expansion
     from ._pivoted_modules import Ordered
 
 __all__ = ["load_compressed_"]
@@ -70,21 +73,35 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
             f"the model has tensors on the meta device ({quoted(on_meta)}), which cannot hold values: "
             "call model.to_empty(device=...) first."
         )
-    replacements = _replacements(model, state_dict)
-    backup = Backup(model, replacements)
-    swap_(model, replacements)
-    try:
-        model.load_state_dict(state_dict, strict=True)
-    except BaseException as error:
-        swap_(model, {new: old for old, new in replacements.items()})
-        backup.restore_()
-        if isinstance(error, RuntimeError):
-            raise ValueError(f"the state dict does not fit this model{_hint(model, state_dict)}: {error}") from error
-        raise
+    with expanded_(model, partial(_not_needed, state_dict)) as expansion:
+        replacements = _replacements(model, state_dict, expansion)
+        expansion.keep_all_()
+        backup = Backup(model, replacements)
+        swap_(model, replacements)
+        try:
+            model.load_state_dict(state_dict, strict=True)
+        except BaseException as error:
+            swap_(model, {new: old for old, new in replacements.items()})
+            backup.restore_()
+            if isinstance(error, RuntimeError):
+                hint = _hint(model, state_dict)
+                raise ValueError(f"the state dict does not fit this model{hint}: {error}") from error
+            raise
+        expansion.finish_()
     return model
 
 
-def _replacements(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[nn.Module, nn.Module]:
+_AS_IT_IS = "the state dict has it as it is"
+
+
+def _not_needed(state_dict: Mapping[str, Any], module: nn.Module, name: str) -> str:
+    """Say that a composite layer needs not be written in plain ones to be loaded; empty if it does."""
+    keys = {f"{name}.{key}" for key in module.state_dict()}
+    expanded = not isinstance(module, LowRankLayer) and keys - state_dict.keys()
+    return "" if expanded and any(key.startswith(f"{name}.") for key in state_dict.keys() - keys) else _AS_IT_IS
+
+
+def _replacements(model: nn.Module, state_dict: Mapping[str, Any], expansion: Expansion) -> dict[nn.Module, nn.Module]:
     """Make a low-rank layer for every dense one of which a state dict holds factors."""
     if isinstance(model, LowRankLayer):
         return {}
@@ -97,7 +114,7 @@ def _replacements(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[nn.Mo
             )
         return {}
     replacements: dict[nn.Module, nn.Module] = {}
-    for found in find_layers(model):
+    for found in find_layers(model, expansion):
         kind = KINDS.get(type(found.module))
         if kind is not None and {f"{found.name}.{part}" for part in _PARTS} & state_dict.keys():
             if found.reason:
@@ -166,13 +183,13 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
 def _rank(layout: Layout, form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the rank at which a layout has factors of these shapes; None if at none."""
     up, down, core = shapes["up"], shapes["down"], shapes.get("core")
-    rank = up[1] if len(up) > 1 else 0
     if isinstance(layout, Matricisation):
+        rank = layout.rank_of(up)
         fits = core is None and 1 <= rank <= layout.largest_rank(form)
         return rank if fits and layout.layer_shapes(rank, form) == (up, down) else None
     if core is None or len(core) != 4 or not isinstance(layout, TuckerLayout):  # noqa: PLR2004 - a convolution
         return None
-    pair, most = (core[1], rank), layout.largest_rank(form)
+    pair, most = (core[1], up[1] if len(up) > 1 else 0), layout.largest_rank(form)
     fits = 1 <= pair[0] <= most[0] and 1 <= pair[1] <= most[1]
     return pair if fits and layout.layer_shapes(pair, form) == (up, core, down) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from ._alike import prepared_
 from ._checks import check_module
+from ._expansion import collapse_
 from ._lowrank_layer import LowRankLayer
 from ._ranks import team_of
 from ._sharing import Sharing
-from ._swap import swap_, take_over_
+from ._swap import SOURCE, swap_, take_over_
 from ._workpiece import Request
 from .planning import planned
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ._targets import Target
-    from ._workpiece import Allocation, FormOption, SchemeOption
+    from ._workpiece import Allocation, Computed, FormOption, SchemeOption
     from .report import CompressionReport
 
 __all__ = ["restore_dense_", "svd_compress_"]
@@ -43,14 +45,16 @@ def svd_compress_(
     rank_multiple: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
+    parametrized: Computed = "keep",
     progress: bool | None = None,
     process_group: ProcessGroup | None = None,
 ) -> CompressionReport:
-    """Replace the Linear and Conv2d layers of a model by low-rank ones, in place, with no fine-tuning.
+    """Replace linear layers, convolutions and embeddings of a model by low-rank ones, in place, with no fine-tuning.
 
     Everything is planned and factored first and swapped last: an error leaves the model bit for bit as it was. Device,
     dtype, memory format, mode, ``requires_grad``, bias parameters and hooks are kept. The weights are new parameters,
-    so make the optimizer afterwards if training goes on. Penalties registered on a replaced layer go with it.
+    so make the optimizer afterwards if training goes on. Penalties registered on a replaced layer go with it. Layers
+    that are low-rank already are compressed further where that helps: the ratio is of the parameters that are there.
 
     Where ``torch.distributed`` is initialised, every rank calls this with the same model and the same arguments, and
     all get the same model, to the last bit, and the same report. Each rank decomposes some of the layers; the first one
@@ -82,8 +86,12 @@ def svd_compress_(
             a DataLoader: tensors; tuples or lists, of which the first element is the input; or dicts of keyword
             arguments. Ranks are then weighed by the error at each layer's output on this data, and factors, biases and
             BatchNorm statistics are fitted to it in closed form, layer after layer; no gradients. A layer that the data
-            never reaches, or with inputs wider than 8,192, is compressed without, and the report says so. The batches
-            are kept in memory meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
+            never reaches or with inputs wider than 8,192, a transposed convolution and an embedding are compressed
+            without, and the report says so. The batches are kept in memory meanwhile, and second moments in float64 of
+            at most 1 GiB, or of one layer.
+        parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
+            pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
+            removes what computed it; where that saves nothing, the layer stays as it is.
         progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
         process_group: the ranks that share the work, if not those of the default process group. Without an initialised
             ``torch.distributed``, this process does everything.
@@ -126,6 +134,7 @@ def svd_compress_(
             "allocation": allocation,
             "target": target,
             "rank_multiple": rank_multiple,
+            "parametrized": parametrized,
             "calibration": "batches" if calibration is not None else None,
         }
         request = Request.of(
@@ -137,6 +146,7 @@ def svd_compress_(
             rank_multiple=rank_multiple,
             filter_fn=filter_fn,
             calibration=calibration,
+            parametrized=parametrized,
             progress=progress,
             team=team,
         )
@@ -148,7 +158,7 @@ def svd_compress_(
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def restore_dense_(model: nn.Module) -> nn.Module:
-    """Merge every low-rank layer back into an ``nn.Linear`` / ``nn.Conv2d``, in place.
+    """Merge every low-rank layer back into the ordinary layer that it stands for, in place.
 
     The result computes what the compressed model computes (to rounding), not what the model computed before. A model
     without low-rank layers is returned as it is.
@@ -174,14 +184,19 @@ def restore_dense_(model: nn.Module) -> nn.Module:
     if isinstance(model, LowRankLayer):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
-            "call its to_linear() or to_conv2d()."
+            "call its to_dense()."
         )
     low_rank = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
-    Sharing(model).check_replaceable(low_rank)
+    expanded = [(name, module) for name, module in model.named_modules() if SOURCE in vars(module)]
+    Sharing(model).check_replaceable([*low_rank, *expanded])
     replacements: dict[nn.Module, nn.Module] = {}
     for _, module in low_rank:
         dense = module.to_dense()
         take_over_(dense, module)
         replacements[module] = dense
-    swap_(model, replacements)
+    with ExitStack() as undo:
+        swap_(model, replacements)
+        undo.callback(swap_, model, {new: old for old, new in replacements.items()})
+        collapse_(model, undo)
+        undo.pop_all()
     return model

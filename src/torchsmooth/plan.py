@@ -13,6 +13,7 @@ from . import _plan_file
 from ._apply import Replacements, placed_, replacements_for
 from ._calibration import Calibration
 from ._checks import check_module, quoted
+from ._expansion import expanded_
 from ._latency import compare_times
 from ._layers import count_parameters
 from ._macs import count_macs
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Mapping
 
+    from ._expansion import Expansion
     from ._ranks import Team
     from ._running import Inputs
     from ._targets import Target
@@ -302,24 +304,34 @@ class CompressionPlan:
         self, model: nn.Module, inputs: Inputs | None, calibration: Calibration | None, team: Team = ALONE
     ) -> CompressionReport:
         """Compress a model as planned, together with the other ranks: all of them, or none."""
-        before = count_parameters(model)
-        made = replacements_for(self.layers, model, calibration, team)
-        measured = team.first(lambda: self._measured(model, made.layers, inputs))
-        with ExitStack() as undo:
+        with expanded_(model, self._refusal) as expansion, ExitStack() as undo:
+            made = replacements_for(self.layers, model, expansion, calibration, team)
+            measured = team.first(lambda: self._measured(model, made.layers, inputs, expansion))
             placed_(model, made, undo)
+            undo.callback(expansion.keep_(set(made.layers.values())))
             report = CompressionReport(
                 layers=tuple(_report(layer, made) for layer in self.layers),
-                parameters_before=before,
+                parameters_before=expansion.parameters,
                 parameters_after=count_parameters(model),
                 asked=self.asked,
                 **measured,
             )
             team.gather(None)  # raises where another rank could not do the same
             undo.pop_all()
+            expansion.finish_()
         return report
 
+    def _refusal(self, _: nn.Module, name: str) -> str:
+        """Say why a composite layer of the model is not to be written in plain ones: the plan leaves it whole."""
+        planned = any(one.choice is not None and f"{one.name}.".startswith(f"{name}.") for one in self.layers)
+        return "" if planned else "left whole by the plan"
+
     def _measured(
-        self, model: nn.Module, replacements: Mapping[nn.Module, nn.Module], inputs: Inputs | None
+        self,
+        model: nn.Module,
+        replacements: Mapping[nn.Module, nn.Module],
+        inputs: Inputs | None,
+        expansion: Expansion,
     ) -> dict[str, Any]:
         """Count or time the model before and after; it is the dense one again when this returns."""
         if self.target == "macs":
@@ -333,7 +345,7 @@ class CompressionPlan:
                 swap_(model, {new: old for old, new in replacements.items()})
             return {"macs_before": before, "macs_after": after}
         if self.target == "latency" and inputs is not None:
-            earlier, later = compare_times(model, inputs, replacements)
+            earlier, later = compare_times(model, inputs, replacements, expansion)
             return {"latency_before": earlier, "latency_after": later}
         return {}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._checks import check_module, check_open_unit, describe
+from ._expansion import expanded_
 from ._targets import WORDS
 from ._workpiece import Request, Workpiece
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ._targets import Target
-    from ._workpiece import Allocation, FormOption, SchemeOption
+    from ._workpiece import Allocation, Computed, FormOption, SchemeOption
     from .plan import CompressionPlan
 
 __all__ = ["plan_compression", "sweep"]
@@ -38,6 +39,7 @@ def plan_compression(
     rank_multiple: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
+    parametrized: Computed = "keep",
     progress: bool | None = None,
 ) -> CompressionPlan:
     r"""Decide which layer gets which scheme, form and rank, without touching the model.
@@ -48,7 +50,8 @@ def plan_compression(
     more singular triple allows. A layer that would not get smaller stays dense.
 
     Args:
-        model: any model; its Linear and Conv2d layers are planned, everything else is listed with a reason.
+        model: any model; its linear layers, convolutions and embeddings are planned, everything else is listed with a
+            reason.
         ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
@@ -69,6 +72,9 @@ def plan_compression(
             leaves it dense.
         calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the error
             at each layer's output on this data. Give them to ``apply_`` too, which fits the factors to them.
+        parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
+            pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
+            removes what computed it; where that saves nothing, the layer stays as it is.
         progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
 
     Returns:
@@ -103,6 +109,7 @@ def plan_compression(
         rank_multiple=rank_multiple,
         filter_fn=filter_fn,
         calibration=calibration,
+        parametrized=parametrized,
         progress=progress,
     )
     return planned(model, ratio, max_error, request)
@@ -125,7 +132,8 @@ def planned(model: nn.Module, ratio: float | None, max_error: float | None, requ
                 f"max_error bounds the error of each layer, whatever that saves, so it cannot be combined with target "
                 f"{request.target!r}: give a ratio, or leave target out."
             )
-    return Workpiece(model, request).plan(ratio, max_error)
+    with expanded_(model, request.refusal) as expansion:
+        return Workpiece(model, request, expansion).plan(ratio, max_error)
 
 
 @torch.inference_mode(mode=False)
@@ -142,6 +150,7 @@ def sweep(
     rank_multiple: int = 1,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
+    parametrized: Computed = "keep",
     progress: bool | None = None,
 ) -> list[CompressionPlan]:
     """Make the plans for many ratios from one decomposition.
@@ -161,6 +170,9 @@ def sweep(
         rank_multiple: only ranks that are multiples of this, at least 1.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
         calibration: a few unlabelled batches, to weigh ranks by the error at each layer's output.
+        parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
+            pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
+            removes what computed it; where that saves nothing, the layer stays as it is.
         progress: whether to show progress; None: on a terminal, when it takes more than two seconds.
 
     Returns:
@@ -191,13 +203,15 @@ def sweep(
         rank_multiple=rank_multiple,
         filter_fn=filter_fn,
         calibration=calibration,
+        parametrized=parametrized,
         progress=progress,
     )
     wanted = [_check_ratio(one, f"ratios[{index}]", target) for index, one in enumerate(ratios)]
     if not wanted:
         raise ValueError("ratios is empty: give at least one fraction to remove, such as [0.5, 0.7].")
-    workpiece = Workpiece(model, request)
-    return [workpiece.plan(one) for one in wanted]
+    with expanded_(model, request.refusal) as expansion:
+        workpiece = Workpiece(model, request, expansion)
+        return [workpiece.plan(one) for one in wanted]
 
 
 def _check_ratio(ratio: object, name: str, target: Target) -> float:

@@ -1,0 +1,118 @@
+"""Layers whose weight is computed from other tensors: by parametrizations, weight_norm, spectral_norm or pruning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What the older functions of torch.nn.utils hang on a module: called before each forward pass, they set the weight.
+_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+
+
+def computing(module: nn.Module) -> str:
+    """Say what computes a tensor of a module; empty if nothing does."""
+    if parametrize.is_parametrized(module):
+        return "parametrized"
+    for hook in _hooks(module).values():
+        return "pruned" if isinstance(hook, BasePruningMethod) else "normed"
+    return ""
+
+
+def type_of(module: nn.Module) -> type[nn.Module]:
+    """Return the type that a module has without parametrizations."""
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind
+
+
+@torch.no_grad()
+def plain_copy(module: nn.Module) -> nn.Module:
+    """Return a layer of the ordinary type that has, as its parameters, what is computed for this one now.
+
+    Parameters that are not computed are the same objects in both. Neither buffers, such as the vectors of
+    ``spectral_norm``, nor the random state change.
+
+    Args:
+        module: a module of which :func:`computing` says something.
+
+    Raises:
+        ValueError: if what is computed is not a real tensor.
+    """
+    computed = dict(_computed(module))
+    kind = type_of(module)
+    plain = kind.__new__(kind)
+    hooks = _hooks(module)
+    own = {name: value for name, value in vars(module).items() if name not in computed}
+    own["_forward_pre_hooks"] = type(module._forward_pre_hooks)(
+        (key, hook) for key, hook in module._forward_pre_hooks.items() if key not in hooks
+    )
+    for name in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        own[name] = type(own[name])((key, hook) for key, hook in own[name].items() if not _of_torch(hook))
+    sources = {f"{name}{suffix}" for name in computed for suffix in ("_g", "_v", "_u", "_orig", "_mask")}
+    sources = sources if hooks else set()
+    plain.__dict__.update(own)
+    plain._modules = {name: child for name, child in module._modules.items() if name != "parametrizations"}
+    plain._buffers = {name: value for name, value in module._buffers.items() if name not in sources}
+    rest = {name: value for name, value in module._parameters.items() if name not in sources}
+    made: dict[str, nn.Parameter | None] = {}
+    for name, value in computed.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"what is computed for {name!r} is a {type(value).__name__}")
+        # A copy: a pruned weight may be the original itself, and what is computed may be expanded.
+        own_memory = value.detach().clone(memory_format=torch.preserve_format)
+        made[name] = nn.Parameter(own_memory, requires_grad=_trained(module, name))
+    everything = made | rest
+    first = [name for name in ("weight", "bias") if name in everything]
+    plain._parameters = {name: everything[name] for name in (*first, *(everything.keys() - set(first)))}
+    return plain
+
+
+def _hooks(module: nn.Module) -> dict[int, Any]:
+    return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _HOOKS)}
+
+
+def _of_torch(hook: Any) -> bool:
+    """Tell whether a state-dict hook is one of those that torch.nn.utils hangs on what it computes."""
+    inside = getattr(hook, "hook", hook)
+    where: str = getattr(inside, "__module__", "")
+    return where.startswith("torch.nn.utils.")
+
+
+def _trained(module: nn.Module, name: str) -> bool:
+    """Tell whether any of what a tensor is computed from is trained."""
+    if parametrize.is_parametrized(module, name):
+        parts = module.parametrizations[name].parameters(recurse=False)  # type: ignore[union-attr, index]
+    else:
+        parts = (value for key, value in module._parameters.items() if key.startswith(f"{name}_") and value is not None)
+    return any(one.requires_grad for one in parts)
+
+
+def _computed(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped."""
+    with torch.random.fork_rng(devices=sorted({one.device.index for one in module.parameters() if one.is_cuda})):
+        if parametrize.is_parametrized(module):
+            parametrizations: Any = module.parametrizations
+            modes = [(one, one.training) for one in parametrizations.modules()]
+            try:
+                for one, _ in modes:
+                    one.training = False
+                for name in parametrizations:
+                    yield name, getattr(module, name)
+            finally:
+                for one, mode in modes:
+                    one.training = mode
+        for hook in _hooks(module).values():
+            if isinstance(hook, WeightNorm):
+                yield hook.name, hook.compute_weight(module)
+            elif isinstance(hook, SpectralNorm):
+                yield hook.name, hook.compute_weight(module, do_power_iteration=False)
+            else:
+                yield hook._tensor_name, hook.apply_mask(module)

@@ -1,0 +1,270 @@
+"""A model with its composite layers written in plain ones, for as long as it is planned, compressed or loaded.
+
+What is registered in ``layer_types``, what has a computed weight and what is low-rank already gives way to an
+equivalent module of plain layers, in the very memory of the original where that is possible. So everything else in the
+library has to know plain layers only. In the end each original comes back of which nothing was used.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_initialised
+from ._computed import computing, plain_copy, type_of
+from ._layers import KINDS, Origin
+from ._lowrank_layer import STATE_HOOKS, LowRankLayer, memory_format_of
+from ._sharing import Sharing
+from ._swap import SOURCE, swap_, take_over_, take_over_hooks_
+from ._table import format_rank
+from ._whole import check_whole
+from .layer_types import layer_type, layer_type_called, name_of_type
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from contextlib import ExitStack
+
+
+class _Place(NamedTuple):
+    """An original, and what was put in its place."""
+
+    original: nn.Module
+    expanded: nn.Module
+
+
+class Expansion:
+    """What was expanded in one model.
+
+    Attributes:
+        parameters: how many the model has as it is, shared ones counted once.
+        origins: for plain layers that stand for one other layer, what that is.
+        reasons: for layers that could not be expanded, why.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.parameters = sum(one.numel() for one in model.parameters())
+        self.origins: dict[nn.Module, Origin] = {}
+        self.reasons: dict[nn.Module, str] = {}
+        self._rounds: list[list[_Place]] = []
+
+    def put_in_(self, refusal: Callable[[nn.Module, str], str]) -> None:
+        """Put expanded modules in the place of the originals; also of those inside what was expanded already."""
+        while True:
+            sharing = Sharing(self._model)
+            places, inside = [], set[nn.Module]()
+            for name, module in self._model.named_modules():
+                # A bare root has no place, and what is inside of an original goes with it; perhaps in the next round.
+                if not name or module in inside or module in self.reasons or not _composite(module):
+                    continue
+                inside.update(module.modules())
+                reason = refusal(module, name)
+                if not reason:
+                    try:
+                        expanded = self._expanded(name, module, sharing)
+                    except ValueError as error:
+                        reason = str(error).rstrip(".")
+                    reason = reason or sharing.of_module(module)
+                if reason:
+                    self.reasons[module] = reason
+                else:
+                    places.append(_Place(module, expanded))
+            if not places:
+                return
+            self._rounds.append(places)
+            swap_(self._model, {one.original: one.expanded for one in places})
+
+    def _expanded(self, name: str, module: nn.Module, sharing: Sharing) -> nn.Module:
+        """Write one layer in plain ones.
+
+        Raises:
+            ValueError: saying why that cannot be done.
+        """
+        expanded: nn.Module
+        if isinstance(module, LowRankLayer):
+            for own_name, factor in module.named_parameters():
+                tied = sharing.of_weight(factor, f"{name}.{own_name}")
+                if tied:
+                    raise ValueError(tied)
+            expanded, source = module.to_dense(), vars(module).get(SOURCE, "")
+            take_over_(expanded, module)
+        elif computing(module):
+            expanded, source = plain_copy(module), ""
+        else:
+            _check_whole(module)
+            known = layer_type(module)
+            if known is None:
+                raise ValueError(f"{type(module).__name__} is not supported")
+            expanded, source = _checked(known.expand(module), module), name_of_type(type(module))
+            _settle_flags_(expanded, module)
+            expanded.train(module.training)
+            take_over_hooks_(expanded, module)
+        if source:
+            expanded.__dict__[SOURCE] = source
+        if type(expanded) in KINDS:
+            self.origins[expanded] = Origin(type_of(module).__name__, _entries(module, expanded))
+        return expanded
+
+    @property
+    def originals(self) -> list[nn.Module]:
+        """The modules that were expanded."""
+        return [one.original for places in self._rounds for one in places]
+
+    def take_out_(self) -> None:
+        """Put all originals back, for now or for good."""
+        for places in reversed(self._rounds):
+            swap_(self._model, {one.expanded: one.original for one in places})
+
+    def put_back_(self) -> None:
+        """Expand once more what was taken out."""
+        for places in self._rounds:
+            swap_(self._model, dict(places))
+
+    def keep_(self, used: Collection[nn.Module]) -> Callable[[], None]:
+        """Put back the originals of which nothing was used; what is kept gets memory of its own.
+
+        Args:
+            used: low-rank layers that were put into the model.
+
+        Returns:
+            What expands those originals again, should the rest fail.
+        """
+        for places in reversed(self._rounds):
+            unused = {}
+            for original, expanded in places:
+                if not set(expanded.modules()).isdisjoint(used):
+                    _settle_memory_(expanded, original)
+                else:
+                    unused[expanded] = original
+            swap_(self._model, unused)
+        return self.put_back_
+
+    def keep_all_(self) -> None:
+        """Give all that was expanded memory of its own."""
+        for original, expanded in (one for places in self._rounds for one in places):
+            _settle_memory_(expanded, original)
+
+    def finish_(self) -> None:
+        """Leave what is expanded as it is, for good."""
+        self._rounds.clear()
+
+
+@contextmanager
+def expanded_(model: nn.Module, refusal: Callable[[nn.Module, str], str]) -> Iterator[Expansion]:
+    """Expand a model for a while; afterwards it is as before, unless what was made of it is kept.
+
+    Args:
+        model: the model.
+        refusal: called with each module that could be expanded and its name: says why it is not to be, or nothing.
+    """
+    check_initialised(model)
+    check_whole(model)
+    expansion = Expansion(model)
+    try:
+        expansion.put_in_(refusal)
+        yield expansion
+    finally:
+        expansion.take_out_()
+
+
+def collapse_(model: nn.Module, undo: ExitStack) -> None:
+    """Write expanded modules as the layers that they stand for again, those inside of others first.
+
+    Args:
+        model: a model without low-rank layers.
+        undo: gets what takes it back.
+
+    Raises:
+        ValueError: if one of them cannot be; the layer is named.
+    """
+    for name, module in reversed(list(model.named_modules())):
+        known = layer_type_called(vars(module).get(SOURCE, ""))
+        if not name or known is None or known.collapse is None:
+            continue
+        try:
+            collapsed = known.collapse(module)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        take_over_hooks_(collapsed.train(module.training), module)
+        collapsed.__dict__.pop(SOURCE, None)
+        swap_(model, {module: collapsed})
+        undo.callback(swap_, model, {collapsed: module})
+
+
+def _composite(module: nn.Module) -> bool:
+    """Tell whether a module is no plain layer, but one that may be written in plain layers."""
+    if isinstance(module, LowRankLayer) or layer_type(module) is not None:
+        return True
+    if not computing(module):
+        return False
+    kind = type_of(module)
+    return kind in KINDS or layer_type(kind.__new__(kind)) is not None
+
+
+def _check_whole(module: nn.Module) -> None:
+    """Refuse a layer that is more, or other, than its type says."""
+    if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
+        raise ValueError("it has state-dict hooks, which expect its keys")
+    if "forward" in vars(module):
+        raise ValueError("its forward was replaced on this instance")
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
+            raise ValueError(f"its {name} is a {type(parameter).__name__} of layout {parameter.layout}")
+    computed = [child for child in module.modules() if computing(child)]
+    if computed:
+        raise ValueError(f"a {type(computed[0]).__name__} inside is {computing(computed[0])} (remove that first)")
+
+
+def _checked(expanded: object, module: nn.Module) -> nn.Module:
+    """Refuse what cannot be an expanded layer."""
+    kind = type(module).__name__
+    if not isinstance(expanded, nn.Module):
+        raise TypeError(
+            f"the function registered for {kind} must return a torch.nn.Module, got {type(expanded).__name__}."
+        )
+    if expanded is module:
+        raise ValueError("the function registered for it returned the layer itself")
+    before, after = (sum(one.numel() for one in each.parameters()) for each in (module, expanded))
+    if before != after:
+        raise ValueError(f"it has {before:,} parameters, but what it was expanded to has {after:,}")
+    return expanded
+
+
+def _settle_flags_(expanded: nn.Module, module: nn.Module) -> None:
+    """Let parameters that are views be trained if what they are views of is."""
+    trained = {_storage(one): one.requires_grad for one in module.parameters()}
+    own = set(module.parameters())
+    for parameter in expanded.parameters():
+        if parameter not in own:
+            parameter.requires_grad_(trained.get(_storage(parameter), True))
+
+
+def _settle_memory_(expanded: nn.Module, original: nn.Module) -> None:
+    """Give parameters that lie in a larger piece of memory, or across it, one of their own."""
+    own = set(original.parameters())
+    for parameter in set(expanded.parameters()) - own:
+        needed = parameter.numel() * parameter.element_size()
+        if parameter.untyped_storage().nbytes() > needed or not _in_order(parameter):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def _in_order(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=memory_format_of(tensor))
+
+
+def _entries(module: nn.Module, expanded: nn.Module) -> int:
+    """Count what a layer stores of its weight: all its parameters, less those of the expanded one beside its weight."""
+    others = (one for name, one in expanded.named_parameters() if name != "weight")
+    return sum(one.numel() for one in module.parameters()) - sum(one.numel() for one in others)
+
+
+def _storage(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+def refuse_low_rank(module: nn.Module, why: str) -> str:
+    """Say that a layer is low-rank already, and why it stays so."""
+    return f"already low-rank (rank {format_rank(module.rank)}); {why}" if isinstance(module, LowRankLayer) else ""
