@@ -12,6 +12,7 @@ import torch
 
 from testbed.torchvision_import import import_torchvision
 from testbed.zoo.entry import Entry, noise, tokens
+from testbed.zoo.transformers_layers import register_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,16 +32,12 @@ class _Recipe:
         config: name of the class of its configuration.
         feed: makes the keyword arguments of a call.
         options: what is set in the configuration.
-        ratio: fraction of the parameters to remove.
-        note: why it is another than 0.5.
     """
 
     model: str
     config: str
     feed: Callable[[], dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
-    ratio: float = 0.5
-    note: str = ""
 
 
 def _text() -> dict[str, Any]:
@@ -161,7 +158,6 @@ _RECIPES = {
         "GPT2LMHeadModel", "GPT2Config", _text,
         {"vocab_size": _VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False,
          "tie_word_embeddings": False, **_SPECIAL_TOKENS},
-        0.05, "its Conv1D is a layer of transformers' own",
     ),
     "opt": _Recipe(
         "OPTForCausalLM", "OPTConfig", _text,
@@ -179,10 +175,7 @@ _RECIPES = {
     "qwen2": _Recipe("Qwen2ForCausalLM", "Qwen2Config", _text, _DECODER),
     "qwen3": _Recipe("Qwen3ForCausalLM", "Qwen3Config", _text, {**_DECODER, "head_dim": 16}),
     "phi": _Recipe("PhiForCausalLM", "PhiConfig", _text, _DECODER),
-    "falcon": _Recipe(
-        "FalconForCausalLM", "FalconConfig", _text, _DECODER,
-        0.05, "its FalconLinear is a layer of transformers' own",
-    ),
+    "falcon": _Recipe("FalconForCausalLM", "FalconConfig", _text, {**_DECODER, **_SPECIAL_TOKENS}),
     "mixtral": _Recipe("MixtralForCausalLM", "MixtralConfig", _text, _EXPERTS),
     "qwen3_moe": _Recipe(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _text, _EXPERTS,
@@ -261,10 +254,9 @@ def _entry(name: str, recipe: _Recipe) -> Entry:
         with contextlib.suppress(ModuleNotFoundError):
             import_torchvision()  # transformers imports it, where it is there
         transformers = importlib.import_module("transformers")
+        register_layers(transformers)
         config = getattr(transformers, recipe.config)(**recipe.options)
         model: nn.Module = getattr(transformers, recipe.model)(config)
         return model
 
-    return Entry(
-        f"transformers/{name}", "transformers", build, lambda _: ((), recipe.feed()), recipe.ratio, recipe.note
-    )
+    return Entry(f"transformers/{name}", "transformers", build, lambda _: ((), recipe.feed()))
