@@ -236,6 +236,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_alike",
         "_pivoting",
         "_pivoted_modules",
+        "_quantised",
         "_lowrank_layer",
         "lowrank",
         "_layers",
