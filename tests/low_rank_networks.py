@@ -5,8 +5,11 @@ Each is in eval mode, with a batch of three inputs.
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+# For what Inductor does: it runs a C++ compiler, and imports modules that use what torch itself calls deprecated.
+_SKIP = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler (g++, or $CXX)")
+_IGNORE = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+def needs_compiler(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that needs Inductor."""
+    return _SKIP(_IGNORE(test))
 
 
 def every_form() -> nn.Sequential:
@@ -60,6 +72,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "resnet": (resnet, lambda: randn(3, 3, 16, 16, seed=9, dtype=torch.float32)),
     "encoder": (encoder, lambda: randn(3, 7, 32, seed=9, dtype=torch.float32)),
 }
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference between entries."""
+    return float((one - other).detach().abs().max())
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
