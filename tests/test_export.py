@@ -26,7 +26,9 @@ torchscript = pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is deprecat
 
 def exported(model, batch, **kwargs):
     """Export a model for batches of any size."""
-    return torch.export.export(model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), **kwargs)
+    return torch.export.export(
+        model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), **kwargs
+    )
 
 
 @with_the_rest_slow
