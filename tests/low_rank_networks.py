@@ -63,7 +63,7 @@ def encoder() -> nn.Module:
     """Compress a transformer encoder; inputs ``(batch, 7, 32)``."""
     layer = nn.TransformerEncoderLayer(32, 4, 128, batch_first=True, dropout=0.0)
     model = fill_(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), 7).eval()
-    svd_compress_(model, 0.4)
+    svd_compress_(model, 0.3, rank_multiple=4)
     return model
 
 

@@ -47,6 +47,7 @@ def test_there_is_one_graph_and_no_more_recompilations_than_of_the_dense_network
         assert counts == graphs_after(dense, batches)
 
 
+@slow
 def test_training_under_a_compiler_gives_the_gradients_of_plain_training():
     model, batch = network("every_form")
     torch._dynamo.reset()
