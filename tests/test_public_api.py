@@ -313,6 +313,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_pivoting",
         "_pivoted_modules",
         "_lowrank_conv",
+        "_quantised",
         "_lowrank_layer",
         "_computed",
         "_expansion",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ._linalg import balanced, truncated_factors, working_copy
 from ._matricise import FORMS
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
+from ._quantised import dequantised, is_quantised
 from ._whitening import first_factor, second_factor
 
 if TYPE_CHECKING:
@@ -113,7 +114,14 @@ class LowRankLayer(nn.Module):
 
     def _factor(self, child: str) -> Tensor:
         weight: Tensor = getattr(self, child).weight
-        return weight
+        return dequantised(weight)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which asks for this method, before it changes anything."""
+        raise TypeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace, torch.export or "
+            "torch.compile, or call torchsmooth.restore_dense_ first."
+        )
 
     def _store_(self, child: str, values: Tensor) -> None:
         limit = torch.finfo(self._factor(child).dtype).max  # an approximation of finite weights may pass it
@@ -176,7 +184,7 @@ class TwoFactorLayer(LowRankLayer):
             down: ``(groups, rank, columns)``, any floating dtype, finite.
 
         Raises:
-            ValueError: if a shape is not that, or a value NaN or infinite.
+            ValueError: if a shape is not that, a value NaN or infinite, or a factor no plain parameter any more.
 
         Example:
             >>> import torch, torchsmooth
@@ -185,6 +193,7 @@ class TwoFactorLayer(LowRankLayer):
             >>> torch.equal(layer.weight, torch.ones(10, 20))
             True
         """
+        check_writable(self, "filled")
         layout = self.matricisation
         shapes = (layout.groups, layout.rows, self.rank), (layout.groups, self.rank, layout.columns)
         if (tuple(up.shape), tuple(down.shape)) != shapes:
@@ -347,14 +356,22 @@ def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     return layer
 
 
+def check_writable(layer: LowRankLayer, what: str) -> None:
+    """Refuse a layer whose factors are no plain parameters any more; ``what`` says what was to be done with it."""
+    for child in (getattr(layer, name) for name in layer.factor_children):
+        weight = child._parameters.get("weight")
+        if not isinstance(weight, Tensor) or is_quantised(weight):
+            now = "without a plain weight" if weight is None else f"with a weight of type {type(weight).__name__}"
+            raise ValueError(
+                f"a {type(layer).__name__} cannot be {what}: its factor is now a {type(child).__module__}."
+                f"{type(child).__name__} {now} (quantised, pruned or parametrized after it was compressed). Do it "
+                "before quantising; prune.remove or remove_parametrizations makes the others plain again."
+            )
+
+
 def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     """Build the dense layer of type ``cls`` that a low-rank layer stands for."""
-    for child in (getattr(layer, name) for name in layer.factor_children):
-        if not isinstance(child._parameters.get("weight"), Tensor):
-            raise ValueError(
-                f"a {type(layer).__name__} cannot be merged: its factor is now a {type(child).__module__}."
-                f"{type(child).__name__} without a plain weight (quantised or parametrized after it was compressed)."
-            )
+    check_writable(layer, "merged")
     own = layer._factor("up")
     if cls is not nn.Embedding:  # which never has one
         kwargs["bias"] = False

@@ -17,6 +17,7 @@ from ._expansion import expanded_
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Form, Matricisation
+from ._quantised import is_quantised
 from ._swap import swap_, take_over_
 from ._tensor_source import Checkpoint
 from ._tucker_layout import Layout, TuckerLayout
@@ -213,7 +214,13 @@ def _check_order(name: str, key: str, ordered: Ordered, state_dict: Mapping[str,
 
 
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
-    """Recognise the usual mistake: a prefix that a wrapper has put before every key."""
+    """Recognise the usual mistakes: quantised tensors, and a prefix that a wrapper has put before every key."""
+    for key, value in state_dict.items():
+        if is_quantised(value):
+            return (
+                f" ({key!r} is a quantised {type(value).__name__}: save the state dict before quantising, and quantise "
+                "after loading)"
+            )
     for prefix in ("module.", "_orig_mod."):
         for wrapped, whose, way in (
             (state_dict, "its keys", f"strip it, or save model.{prefix}state_dict()"),
