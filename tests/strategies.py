@@ -91,3 +91,25 @@ def convolutions(draw, dtype=torch.float64, *, least=1):
     if draw(st.booleans()):
         conv, inputs = (one.to(memory_format=torch.channels_last) for one in (conv, inputs))
     return conv.to(dtype), inputs.to(dtype)
+
+
+@st.composite
+def small_convolutions(draw, axes: int, *, transposed: bool = False):
+    """A small convolution of any geometry over 1 … 3 kernel axes, in float64, with an input that fits it."""
+    each = lambda low, high: draw(st.one_of(st.integers(low, high), st.tuples(*[st.integers(low, high)] * axes)))  # noqa: E731
+    groups, dilation = draw(st.integers(1, 2)), each(1, 2)
+    kernel, stride = each(1, 3 if axes < 3 else 2), each(1, 2)
+    options = {"dilation": dilation, "stride": stride, "groups": groups, "bias": draw(st.booleans())}
+    if transposed:  # torch allows less than the stride or the dilation
+        sizes = [value if isinstance(value, tuple) else (value,) * axes for value in (stride, dilation)]
+        options["output_padding"] = tuple(draw(st.integers(0, max(pair) - 1)) for pair in zip(*sizes, strict=True))
+        options["padding"] = each(0, 1)
+    else:
+        options["padding"] = draw(st.sampled_from([0, 1, (1,) * axes, "same", "valid"]))
+        options["padding_mode"] = draw(st.sampled_from(PADDING_MODES))
+        if options["padding"] == "same":
+            options["stride"] = 1
+    kind = getattr(torch.nn, f"Conv{'Transpose' if transposed else ''}{axes}d")
+    channels = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    conv = fill_(kind(*channels, kernel, **options, dtype=torch.float64), seed := draw(seeds))
+    return conv, randn(2, conv.in_channels, *[draw(st.integers(5, 7)) for _ in range(axes)], seed=seed + 100)

@@ -278,3 +278,39 @@ def test_step_without_a_gradient_of_the_data_is_one_of_the_penalties(seed):
         optimizer.step()
     assert penalty_loss(model).item() < before
     assert torch.equal(model.bias, bias)
+
+
+class PassedOn(torch.optim.Optimizer):
+    """An optimizer that hands its steps to another one, and never was constructed as one (accelerate has such)."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_optimizer_that_passes_its_steps_on_is_looked_through(layers):
+    def wrapped(parameters):
+        optimizer = sgd(parameters)
+        for _ in range(layers):
+            optimizer = PassedOn(optimizer)
+        return optimizer
+
+    reference = trained(double_layers(), sgd, attach=True)
+    assert_same_parameters(trained(double_layers(), wrapped, attach=True), reference, 0, 0)
+
+
+def test_an_optimizer_without_hooks_is_refused():
+    model = double_layers()
+    for inner in (None, model):
+        with pytest.raises(TypeError, match="this PassedOn has no step hooks, and no attribute 'optimizer' that has"):
+            attach_(PassedOn(inner), model)

@@ -142,12 +142,13 @@ def test_a_filter_sees_names_and_shapes_of_what_could_be_compressed(tmp_path):
 
 
 class Grouped(nn.Module):
-    """What names and shapes cannot tell: groups, a lookup under another name, a subclass."""
+    """What names and shapes cannot tell: groups, a lookup under another name, a transposed weight, a subclass."""
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(30, 16)
         self.conv = nn.Conv2d(16, 16, 3, groups=2)
+        self.back = nn.ConvTranspose2d(16, 8, 3)
         self.odd = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16)
         self.embed_out = nn.Linear(16, 30)
 
@@ -161,9 +162,9 @@ def test_the_model_says_what_names_cannot(tmp_path, kind):
     before = repr(skeleton)
     report = compress_checkpoint(source, out(tmp_path, kind), max_error=0.6, model=skeleton)
     assert repr(skeleton) == before
-    svd_compress_(model, max_error=0.6, filter_fn=lambda module, name: type(module) in (nn.Linear, nn.Conv2d))
+    svd_compress_(model, max_error=0.6)
     assert same(load(out(tmp_path, kind)), {f"module.{key}": value for key, value in model.state_dict().items()})
-    assert {one.name.removeprefix("module.") for one in report.compressed} == {"conv", "embed_out"}
+    assert {one.name.removeprefix("module.") for one in report.compressed} == {"table", "conv", "back", "embed_out"}
     kept = {key.removeprefix("module."): value for key, value in load(out(tmp_path, kind)).items()}
     assert load_compressed_(Grouped(), kept).conv.groups == 2
 

@@ -374,7 +374,7 @@ def test_an_error_in_filter_fn_reaches_the_user(seed):
 
 def test_a_bare_low_rank_layer_is_told_its_own_way_back():
     layer = LowRankLinear.from_linear(nn.Linear(8, 8), 2)
-    with pytest.raises(ValueError, match=r"itself a LowRankLinear.*call its to_linear\(\) or to_conv2d\(\)"):
+    with pytest.raises(ValueError, match=r"itself a LowRankLinear.*call its to_dense\(\)"):
         restore_dense_(layer)
     with pytest.raises(ValueError, match=r"itself a LowRankLinear"):
         svd_compress_(layer, 0.5)

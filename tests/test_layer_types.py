@@ -143,6 +143,11 @@ def test_composite_layers_are_compressed_saved_loaded_and_restored(seed, ratio):
     for one in (*model.parameters(), *again.parameters()):
         assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
         assert one.is_contiguous()
+    plan = plan_compression(copy.deepcopy(model), 0.1)  # from low-rank layers, at what they cost now
+    read = torchsmooth.CompressionPlan.from_json(plan.to_json())
+    assert read == plan
+    assert read.to_json() == plan.to_json()
+    assert read.parameters_after == plan.parameters_after
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     expected = model(INPUTS)
     assert torch.equal(copied(INPUTS), expected)

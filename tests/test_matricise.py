@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.reference.lowrank import ROW_AXES, group_matrices, weight_from_matrices
+from tests.reference.lowrank import group_matrices, outputs_first, weight_from_matrices
 from tests.strategies import randn, seeds
-from torchsmooth._matricise import FORMS, SCHEMES, channel_view, distinct_schemes, matricise
+from torchsmooth._matricise import FORMS, SCHEMES, channel_view, distinct_schemes, exchanged, matricise
 
 sizes = st.integers(1, 4)
 
@@ -149,8 +149,53 @@ def test_layer_shapes_tell_the_forms_apart(shape_and_groups, rank, other_rank):
     assert len(pivoted) == sum(other_rank <= one.largest_rank("pivoted") for one in layouts)
 
 
-def test_every_scheme_has_a_reference():
-    assert set(ROW_AXES) == set(SCHEMES)
+@st.composite
+def transposed_shapes(draw):
+    """Shapes ``(in, out / groups, *kernel)`` of 0 … 3 kernel axes."""
+    groups = draw(st.integers(1, 3))
+    return (groups * draw(sizes), draw(sizes), *draw(st.lists(st.integers(1, 3), max_size=3))), groups
+
+
+@given(transposed_shapes(), st.sampled_from(SCHEMES[:2]), st.sampled_from(FORMS), st.integers(1, 3), seeds)
+def test_a_transposed_weight_has_the_matrices_of_one_with_its_outputs_first(shape_and_groups, scheme, form, rank, seed):
+    shape, groups = shape_and_groups
+    weight = randn(*shape, seed=seed)
+    plain = outputs_first(weight, groups)
+    assert torch.equal(exchanged(weight, groups), plain)
+    assert torch.equal(exchanged(plain, groups), weight)
+    layout, other = matricise(shape, scheme, groups, transposed=True), matricise(plain.shape, scheme, groups)
+    assert layout != other
+    assert torch.equal(layout.to_matrices(weight), torch.stack(group_matrices(plain, scheme, groups)))
+    assert torch.equal(layout.to_weight(layout.to_matrices(weight)), weight)
+    assume(rank <= layout.largest_rank(form))
+    fewer = rank if form == "pivoted" else 0
+    left, right = (0, fewer) if layout.pivots_columns else (fewer, 0)
+    factors = (
+        randn(groups, layout.rows - left, rank, seed=seed),
+        randn(groups, rank, layout.columns - right, seed=seed + 1),
+    )
+    weights, others = layout.to_layer_weights(*factors, form), other.to_layer_weights(*factors, form)
+    for child, one, plain_one in zip(("up", "down"), weights, others, strict=True):
+        assert torch.equal(outputs_first(one, groups) if layout.inputs_first == child else one, plain_one)
+    assert layout.inputs_first == ("up" if scheme == "input" and len(shape) > 2 else "down")
+    assert tuple(tuple(one.shape) for one in weights) == layout.layer_shapes(rank, form)
+    assert layout.rank_of(weights[0].shape) == rank
+    for found, expected in zip(layout.to_factors(*weights, form), factors, strict=True):
+        assert torch.equal(found, expected)
+
+
+@given(transposed_shapes(), st.integers(1, 6))
+def test_layer_shapes_of_transposed_weights_tell_schemes_and_forms_apart(shape_and_groups, rank):
+    shape, groups = shape_and_groups
+    names = set(distinct_schemes(shape[2:], transposed=True).values())
+    assert names <= {"channel", "input"}
+    found = [
+        layout.layer_shapes(rank, form)
+        for layout in (matricise(shape, scheme, groups, transposed=True) for scheme in names)
+        for form in FORMS
+        if rank <= layout.largest_rank(form)
+    ]
+    assert len(set(found)) == len(found)
 
 
 def test_channel_view_of_a_transposed_weight_swaps_the_channel_axes():

@@ -68,6 +68,7 @@ def test_every_dtype_and_kind_of_layer_comes_back(dtype):
         nn.Embedding(9, 4),
         nn.LSTM(4, 4),
         nn.Linear(1, 1),
+        nn.ConvTranspose2d(8, 4, 3, groups=2),
     ).to(dtype)
     plan = plan_compression(fill_(model, 0), 0.3, filter_fn=lambda module, name: name != "5")
     read = again(plan)
@@ -216,6 +217,7 @@ def changed(path, value):
         (("layers", 1, "errors", "channel", 3), float("nan"), "field 'layers[1].errors.channel[3]' must be a finite"),
         (("layers", 1, "errors", "channel", 3), 2, "must be squared relative errors of at most 1, got 2"),
         (("layers", 1, "prices"), {}, "field 'layers[1].prices' must be null here"),
+        (("layers", 1, "transposed"), 1, "field 'layers[1].transposed' must be true or false, got 1"),
     ],
 )
 def test_a_wrong_field_is_named(path, value, message):
@@ -228,6 +230,7 @@ def test_a_wrong_field_is_named(path, value, message):
     [
         ("macs", {"positions": [1, 2, 3]}, "field 'layers[0].prices.positions' must be 4 whole numbers"),
         ("macs", {"positions": [1, 2, 3, -4]}, "field 'layers[0].prices.positions[3]' must be a whole number"),
+        ("macs", {"positions": [1, 2, 3, 4], "work": "none"}, "field 'layers[0].prices.work' must be 'outputs' or 'in"),
         ("latency", {"dense": "x", "times": []}, "field 'layers[0].prices.dense' must be a whole number"),
         ("latency", {"dense": 5, "times": [["channel", "factored", 1]]}, "field 'layers[0].prices.times[0]' must be a"),
         ("latency", {"dense": 5, "times": [[[], {}, 1, 1]]}, "field 'layers[0].prices.times[0]' must be a scheme"),

@@ -61,9 +61,19 @@ SIGNATURES = {
     "FirstDerivative": "(strength=0.0003)",
     "SecondDerivative": "(strength=0.0001)",
     "LowRankLinear": "(in_features, out_features, rank, bias=True, device=None, dtype=None, *, form='factored')",
-    "LowRankConv2d": (
+    **dict.fromkeys(
+        ("LowRankConv1d", "LowRankConv2d", "LowRankConv3d"),
         "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, dilation=1, "
-        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')"
+        "groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')",
+    ),
+    **dict.fromkeys(
+        ("LowRankConvTranspose1d", "LowRankConvTranspose2d", "LowRankConvTranspose3d"),
+        "(in_channels, out_channels, kernel_size, rank, *, scheme='channel', stride=1, padding=0, output_padding=0, "
+        "dilation=1, groups=1, bias=True, padding_mode='zeros', device=None, dtype=None, form='factored')",
+    ),
+    "LowRankEmbedding": (
+        "(num_embeddings, embedding_dim, rank, padding_idx=None, *, scale_grad_by_freq=False, sparse=False, "
+        "device=None, dtype=None, form='factored')"
     ),
     "LowRankMultiheadAttention": (
         "(embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False, kdim=None, vdim=None, "
@@ -146,6 +156,15 @@ def test_state_dict_keys_are_api():
     }
     for scheme, keys in pivoted.items():
         assert list(torchsmooth.LowRankConv2d(4, 3, 3, 2, scheme=scheme, form="pivoted").state_dict()) == keys
+    for axes in (1, 2, 3):
+        for cls in (f"LowRankConv{axes}d", f"LowRankConvTranspose{axes}d"):
+            make = getattr(torchsmooth, cls)
+            assert list(make(4, 3, 3, 2).state_dict()) == ["down.weight", "up.weight", "up.bias"]
+            for scheme in ("channel", "input"):
+                assert list(make(4, 3, 3, 2, scheme=scheme, form="pivoted").state_dict()) == pivoted[scheme]
+    assert list(torchsmooth.LowRankEmbedding(5, 4, 2).state_dict()) == ["down.weight", "up.weight"]
+    pivoted_table = torchsmooth.LowRankEmbedding(5, 4, 2, form="pivoted")
+    assert list(pivoted_table.state_dict()) == ["down.weight", "up.weight", "merge.order"]
 
 
 @pytest.mark.parametrize(
@@ -160,12 +179,24 @@ def test_state_dict_keys_are_api():
             },
         ),
         (
-            torchsmooth.LowRankConv2d,
+            torchsmooth.LowRankEmbedding,
             {
-                "from_conv2d": "(conv, rank, scheme='channel', form='factored')",
-                "like": "(conv, rank, scheme='channel', form='factored')",
-                "to_conv2d": "(self)",
+                "from_embedding": "(embedding, rank, form='factored')",
+                "like": "(embedding, rank, form='factored')",
+                "to_embedding": "(self)",
             },
+        ),
+        *(
+            (
+                getattr(torchsmooth, f"LowRankConv{kind}"),
+                {
+                    f"from_conv{name}": "(conv, rank, scheme='channel', form='factored')",
+                    "like": "(conv, rank, scheme='channel', form='factored')",
+                    f"to_conv{name}": "(self)",
+                },
+            )
+            for axes in (1, 2, 3)
+            for kind, name in ((f"{axes}d", f"{axes}d"), (f"Transpose{axes}d", f"_transpose{axes}d"))
         ),
     ],
 )
@@ -281,17 +312,23 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_alike",
         "_pivoting",
         "_pivoted_modules",
+        "_lowrank_conv",
+        "_quantised",
         "_lowrank_layer",
         "_computed",
         "_expansion",
         "layer_types",
-        "lowrank",
         "_linear_parts",
         "_attend",
         "attention",
         "_recurrent",
         "recurrent",
         "recurrent_cells",
+        "_lowrank_transposed",
+        "lowrank",
+        "lowrank_conv",
+        "lowrank_embedding",
+        "lowrank_transposed",
         "_layers",
         "_swap",
         "_budget",

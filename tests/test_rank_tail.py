@@ -135,7 +135,8 @@ def test_only_layers_with_the_penalty_are_planned_and_pulled():
 
 
 def test_what_cannot_be_compressed_is_left_alone():
-    model = fill_(nn.Sequential(nn.Embedding(30, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 1)), 0)
+    table = nn.Embedding(30, 24, max_norm=9.0)
+    model = fill_(nn.Sequential(table, nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 1)), 0)
     before = weights_of(model)
     optimizer, _ = attached(model, RankTail(0.3, 1.0))
     optimizer.step()
@@ -313,7 +314,7 @@ def test_what_cannot_be_planned_is_said_when_it_is_attached():
     for model, ratio, message in (
         (mlp(), 0.999, "cannot be reached"),
         (Tied(), 0.9, "cannot be reached"),
-        (fill_(nn.Sequential(nn.Embedding(8, 8)), 0), 0.5, "nothing to compress"),
+        (fill_(nn.Sequential(nn.Embedding(8, 8, max_norm=9.0)), 0), 0.5, "nothing to compress"),
     ):
         smooth_(model, RankTail(ratio))
         before, optimizer = snapshot(model), torch.optim.SGD(model.parameters(), lr=0.1)

@@ -357,7 +357,7 @@ def test_a_layer_called_with_empty_batches_alone_falls_back_with_a_note():
 
 
 def test_a_layer_that_is_too_wide_falls_back_and_the_next_ones_know(monkeypatch):
-    monkeypatch.setattr(room, "WIDEST", 23)
+    monkeypatch.setattr("torchsmooth._calibration.WIDEST", 23)
     model = mlp()
     found = refit_(model, [randn(50, 24, seed=0, dtype=torch.float32)], {"0": 6, "2": 6, "4": 4})
     assert found.notes == {"0": TOO_WIDE, "2": TOO_WIDE}

@@ -21,6 +21,8 @@ from .layer_types import register_layer
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .penalties import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative
 from .plan import CompressionPlan
 from .planning import plan_compression, sweep
@@ -47,6 +49,10 @@ __all__ = [
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
+    "LowRankConvTranspose1d",
+    "LowRankConvTranspose2d",
+    "LowRankConvTranspose3d",
+    "LowRankEmbedding",
     "LowRankGRU",
     "LowRankGRUCell",
     "LowRankLSTM",

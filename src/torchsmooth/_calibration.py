@@ -32,7 +32,7 @@ WIDEST = 8192
 _AT_ONCE = 1 << 30
 
 TOO_WIDE = f"not calibrated: its input is wider than {WIDEST:,}"
-NOT_REACHED = "not calibrated: the data never reached it"
+NOT_REACHED = "not calibrated: never called on the data"
 
 
 @dataclass
@@ -87,8 +87,8 @@ class Calibration:
 
         Args:
             model: a model, which is as before at every yield.
-            layers: Linear and Conv2d modules of it, by name.
-            moments: whether to gather moments at all; of inputs that are too wide none are.
+            layers: layers of it that can be compressed, by name.
+            moments: whether to gather moments at all; of layers that are not calibrated none are.
         """
         for group in _groups(layers) if moments else [dict(layers)]:
             traffic = {name: Traffic() for name in group}
@@ -98,7 +98,7 @@ class Calibration:
 
                 def gather(module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
                     name = names[module]  # noqa: B023 - called in this turn of the loop only
-                    if moments and width_of(module) <= WIDEST:
+                    if moments and not why_uncalibrated(module):
                         rows = input_rows(module, args[0] if args else kwargs["input"], len(traffic[name].calls))  # noqa: B023
                         gathered[name].add(rows, rows[..., :0])  # noqa: B023
 
@@ -183,13 +183,19 @@ def hook_first(module: nn.Module, hook: Callable[[nn.Module, Any, Any, Tensor], 
 
 def width_of(layer: nn.Module) -> int:
     """Return how many numbers each output of a layer is made of."""
-    weight = weight_of(layer)
-    return weight[0].numel()
+    kind = KINDS[type(layer)]
+    return channel_view(weight_of(layer), kind.groups(layer), transposed=kind.transposed)[0, 0].numel()
 
 
 def grouped_weight(layer: nn.Module) -> Tensor:
     """Return the weight as patches see it, ``(groups, out / groups, n)``."""
-    return channel_view(weight_of(layer).detach(), KINDS[type(layer)].groups(layer)).flatten(2)
+    kind = KINDS[type(layer)]
+    return channel_view(weight_of(layer).detach(), kind.groups(layer), transposed=kind.transposed).flatten(2)
+
+
+def why_uncalibrated(layer: nn.Module) -> str:
+    """Say why a layer is compressed without data, even where some reaches it; empty if it is fitted to it."""
+    return KINDS[type(layer)].uncalibrated or (TOO_WIDE if width_of(layer) > WIDEST else "")
 
 
 def _groups(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
@@ -198,7 +204,7 @@ def _groups(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
     room = 0
     for name, module in layers.items():
         width = width_of(module)
-        need = 8 * KINDS[type(module)].groups(module) * width**2 if width <= WIDEST else 0
+        need = 0 if why_uncalibrated(module) else 8 * KINDS[type(module)].groups(module) * width**2
         if not groups or need > room:
             groups.append({})
             room = _AT_ONCE

@@ -15,19 +15,28 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+TRANSPOSED: dict[int, type[Transposed]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _SIZES = {1: "a number or a tuple of one", 2: "a number or a pair", 3: "a number or a triple"}
 
 _NAMES = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def geometry_of(conv: Any) -> dict[str, Any]:
-    """Return stride, padding, dilation, groups and padding mode of a convolution, dense or low-rank."""
-    return {name: getattr(conv, name) for name in _NAMES}
+    """Return how the kernel of a convolution moves, dense or low-rank, transposed or not: by the names of torch."""
+    names = (*_NAMES, "output_padding") if conv.transposed else _NAMES
+    return {name: getattr(conv, name) for name in names}
 
 
 def spelled_out(
-    axes: int, in_channels: int, out_channels: int, kernel_size: int | Sequence[int], **geometry: Any
-) -> Convolution:
+    axes: int,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    *,
+    transposed: bool = False,
+    **geometry: Any,
+) -> Convolution | Transposed:
     """Return the dense convolution of these arguments, without memory for its weight.
 
     torch's own class checks the arguments and spells numbers out for each axis; on the meta device that costs nothing.
@@ -37,13 +46,17 @@ def spelled_out(
         in_channels: channels of the input.
         out_channels: channels of the output.
         kernel_size: a number, or one for each axis.
-        geometry: more arguments of ``nn.Conv2d``.
+        transposed: whether it is a transposed one.
+        geometry: more arguments of ``nn.Conv2d`` or ``nn.ConvTranspose2d``.
 
     Raises:
         TypeError: as ``nn.Conv2d`` does.
         ValueError: as ``nn.Conv2d`` does, or if the kernel has another number of axes.
     """
-    dense = CONVOLUTIONS[axes](in_channels, out_channels, kernel_size, **geometry, bias=False, device="meta")  # type: ignore[arg-type]
+    classes: Any = TRANSPOSED if transposed else CONVOLUTIONS
+    dense: Convolution | Transposed = classes[axes](
+        in_channels, out_channels, kernel_size, **geometry, bias=False, device="meta"
+    )
     if len(dense.kernel_size) != axes:
         raise ValueError(f"kernel_size must be {_SIZES[axes]}, got {describe(kernel_size)}.")
     return dense
@@ -54,26 +67,30 @@ class HasGeometry:
 
     Attributes:
         kernel_axes: how many axes its kernel has.
+        transposed: whether it is a transposed one; then there is ``output_padding``, too.
     """
 
     kernel_axes: ClassVar[int] = 2
+    transposed: ClassVar[bool] = False
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
+    output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
     padding_mode: PaddingMode
 
-    def _take_geometry_(self, dense: Convolution) -> None:
-        for name in ("in_channels", "out_channels", "kernel_size", *_NAMES):
+    def _take_geometry_(self, dense: Convolution | Transposed) -> None:
+        for name in ("in_channels", "out_channels", "kernel_size", *geometry_of(dense)):
             setattr(self, name, getattr(dense, name))
 
     def _geometry_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         none, one = (0,) * self.kernel_axes, (1,) * self.kernel_axes
-        for name, default in (("padding", none), ("dilation", one), ("groups", 1), ("padding_mode", "zeros")):
-            value = getattr(self, name)
+        defaults = {"padding": none, "dilation": one, "output_padding": none, "groups": 1, "padding_mode": "zeros"}
+        for name, default in defaults.items():
+            value = getattr(self, name, default)
             text += f", {name}={value}" if value != default else ""
         return text

@@ -8,6 +8,7 @@ so it stays dense, and :func:`find_layers` says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import check_initialised
-from ._lowrank_layer import LowRankLayer, why_not_plain
+from ._lowrank_layer import LowRankLayer, way_to_factor, why_not_plain
 from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
 from ._table import format_rank
@@ -24,10 +25,14 @@ from ._whole import check_whole
 from .layer_types import layer_type
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose1d, LowRankConvTranspose2d, LowRankConvTranspose3d
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from ._prices import Work
 
 
 # What a user may ask for. A weight without two kernel axes has no spatial scheme, one with a 1×1 kernel or a single
@@ -53,6 +58,10 @@ def _like_linear(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored")
     return LowRankLinear.like(layer, rank, form)
 
 
+def _like_embedding(layer: Any, rank: Any, _: LayerScheme, form: Form = "factored") -> LowRankEmbedding:
+    return LowRankEmbedding.like(layer, rank, form)
+
+
 def _like_conv2d(layer: Any, rank: Any, scheme: LayerScheme, form: Form = "factored") -> LowRankLayer:
     if scheme == "tucker":
         return TuckerConv2d.like(layer, rank, form)
@@ -67,42 +76,68 @@ class LayerKind:
         shape: the shape that a layer's weight has by its attributes.
         groups: number of groups of a layer.
         like: ``(layer, rank, scheme, form)`` to a low-rank layer whose factors are still to be filled in.
+        transposed: whether the weight has its inputs first, ``(in, out / groups, *kernel)``.
+        work: at which positions the layer uses each entry of its weight.
+        uncalibrated: why the layer is always compressed without data; empty if it can be fitted to it.
     """
 
     shape: Callable[[Any], tuple[int, ...]]
     groups: Callable[[Any], int]
     like: Maker
+    transposed: bool = False
+    work: Work = "outputs"
+    uncalibrated: str = ""
 
     def layouts(self, layer: nn.Module, options: Sequence[str] = ("auto",)) -> dict[LayerScheme, Layout]:
         """Return the different shapes of factors that some options allow for a layer's weight, by scheme."""
         shape = tuple(weight_of(layer).shape)
-        first_names = distinct_schemes(shape[2:])
+        first_names = distinct_schemes(shape[2:], transposed=self.transposed)
         allowed = {scheme for option in options for scheme in _OPTIONS[option]}
         names = dict.fromkeys(first_names[scheme] for scheme in SCHEMES if scheme in allowed & first_names.keys())
-        layouts: dict[LayerScheme, Layout] = {scheme: matricise(shape, scheme, self.groups(layer)) for scheme in names}
-        tucker = TuckerLayout.of(shape, self.groups(layer)) if "tucker" in allowed else None
+        of_scheme = partial(matricise, shape, groups=self.groups(layer), transposed=self.transposed)
+        layouts: dict[LayerScheme, Layout] = {scheme: of_scheme(scheme) for scheme in names}
+        possible = "tucker" in allowed and not self.transposed
+        tucker = TuckerLayout.of(shape, self.groups(layer)) if possible else None
         if tucker is not None:
             layouts["tucker"] = tucker
-        return layouts or {"channel": matricise(shape, "channel", self.groups(layer))}
+        return layouts or {"channel": of_scheme("channel")}
 
 
-def _like_conv1d(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
-    return LowRankConv1d.like(layer, rank, scheme, form)
+def _like_of(cls: Any) -> Maker:
+    def like(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
+        made: LowRankLayer = cls.like(layer, rank, scheme, form)
+        return made
 
-
-def _like_conv3d(layer: Any, rank: Any, scheme: Any, form: Form = "factored") -> LowRankLayer:
-    return LowRankConv3d.like(layer, rank, scheme, form)
+    return like
 
 
 def _groups_of(layer: Any) -> int:
     return int(layer.groups)
 
 
+def _transposed_kind(cls: Any) -> LayerKind:
+    return LayerKind(
+        shape=cls.shape_of, groups=_groups_of, like=_like_of(cls), transposed=True, work="inputs",
+        uncalibrated="not calibrated: it is a transposed convolution",
+    )  # fmt: skip
+
+
 KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind(shape=LowRankLinear.shape_of, groups=lambda _: 1, like=_like_linear),
-    nn.Conv1d: LayerKind(shape=LowRankConv1d.shape_of, groups=_groups_of, like=_like_conv1d),
+    nn.Conv1d: LayerKind(shape=LowRankConv1d.shape_of, groups=_groups_of, like=_like_of(LowRankConv1d)),
     nn.Conv2d: LayerKind(shape=LowRankConv2d.shape_of, groups=_groups_of, like=_like_conv2d),
-    nn.Conv3d: LayerKind(shape=LowRankConv3d.shape_of, groups=_groups_of, like=_like_conv3d),
+    nn.Conv3d: LayerKind(shape=LowRankConv3d.shape_of, groups=_groups_of, like=_like_of(LowRankConv3d)),
+    nn.ConvTranspose1d: _transposed_kind(LowRankConvTranspose1d),
+    nn.ConvTranspose2d: _transposed_kind(LowRankConvTranspose2d),
+    nn.ConvTranspose3d: _transposed_kind(LowRankConvTranspose3d),
+    nn.Embedding: LayerKind(
+        shape=LowRankEmbedding.shape_of,
+        groups=lambda _: 1,
+        like=_like_embedding,
+        transposed=True,
+        work="lookups",
+        uncalibrated="not calibrated: it looks rows up",
+    ),
 }
 
 
@@ -169,7 +204,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def weights_of(module: nn.Module) -> list[Tensor]:
     """List the parameters with at least two axes that make up one layer, the largest first."""
-    own = [one for one in module._parameters.values() if one is not None]
+    # Attention may have biases of the keys and values, of three axes.
+    own = [one for name, one in module._parameters.items() if one is not None and not name.startswith("bias")]
     if parametrize.is_parametrized(module):
         own += module.parametrizations.parameters()  # type: ignore[union-attr]
     if isinstance(module, LowRankLayer):
@@ -193,7 +229,7 @@ def find_layers(model: nn.Module, known: Known | None = None) -> list[FoundLayer
     if type(model) in KINDS or isinstance(model, LowRankLayer) or layer_type(model) is not None:
         name = type(model).__name__
         way = "to_dense() of the layer" if isinstance(model, LowRankLayer) else ""
-        way = f"LowRank{name}.from_{name.lower()}(layer, rank)" if type(model) in KINDS else way
+        way = f"{way_to_factor(type(model))}(layer, rank)" if type(model) in KINDS else way
         raise ValueError(
             f"the model is itself a {name}, with no parent in which it could be replaced: "
             f"{f'use {way}, or ' if way else ''}wrap it in a torch.nn.Sequential."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ._linalg import balanced, truncated_factors, working_copy
 from ._matricise import FORMS
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
+from ._quantised import dequantised, is_quantised
 from ._whitening import first_factor, second_factor
 
 if TYPE_CHECKING:
@@ -28,7 +29,16 @@ STATE_HOOKS = (
 )
 
 # The layers of torch for which there is a LowRank class.
-_FACTORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FACTORED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
 
 _Layer = TypeVar("_Layer", bound="LowRankLayer")
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -39,11 +49,14 @@ class LowRankLayer(nn.Module):
 
     Attributes:
         factor_children: the children whose weights are the factors, from the output to the input.
+        transposed: whether the weight of the dense layer has its inputs first, ``(in, out / groups, …)``. All weights
+            that a layer takes and gives are laid out as the dense layer's is; that of factors does not depend on it.
         rank: the rank, or a pair of them.
         form: how the factors are stored.
     """
 
     factor_children: ClassVar[tuple[str, ...]] = ("up", "down")
+    transposed: ClassVar[bool] = False
     rank: Any
     form: Form
 
@@ -73,7 +86,7 @@ class LowRankLayer(nn.Module):
 
     @abstractmethod
     def product_of(self, factors: tuple[Tensor, ...]) -> Tensor:
-        """Multiply factors out to a weight ``(out, in / groups, …)``."""
+        """Multiply factors out to a weight, laid out as that of the dense layer."""
 
     @abstractmethod
     def truncate_(self, weight: Tensor, spectrum: Decomposition | None = None) -> None:
@@ -101,7 +114,14 @@ class LowRankLayer(nn.Module):
 
     def _factor(self, child: str) -> Tensor:
         weight: Tensor = getattr(self, child).weight
-        return weight
+        return dequantised(weight)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which asks for this method, before it changes anything."""
+        raise TypeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace, torch.export or "
+            "torch.compile, or call torchsmooth.restore_dense_ first."
+        )
 
     def _store_(self, child: str, values: Tensor) -> None:
         limit = torch.finfo(self._factor(child).dtype).max  # an approximation of finite weights may pass it
@@ -164,7 +184,7 @@ class TwoFactorLayer(LowRankLayer):
             down: ``(groups, rank, columns)``, any floating dtype, finite.
 
         Raises:
-            ValueError: if a shape is not that, or a value NaN or infinite.
+            ValueError: if a shape is not that, a value NaN or infinite, or a factor no plain parameter any more.
 
         Example:
             >>> import torch, torchsmooth
@@ -173,6 +193,7 @@ class TwoFactorLayer(LowRankLayer):
             >>> torch.equal(layer.weight, torch.ones(10, 20))
             True
         """
+        check_writable(self, "filled")
         layout = self.matricisation
         shapes = (layout.groups, layout.rows, self.rank), (layout.groups, self.rank, layout.columns)
         if (tuple(up.shape), tuple(down.shape)) != shapes:
@@ -250,7 +271,7 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
         return "weight is empty"
     if tuple(weight.shape) != shape:
         return f"weight is of shape {tuple(weight.shape)}, but the layer's attributes say {shape}"
-    if "bias" not in module._parameters:
+    if "bias" not in module._parameters and hasattr(module, "bias"):  # an embedding has none at all
         return "bias is not a plain parameter (pruned, or a buffer)"
     extras = [*(module._parameters.keys() - {"weight", "bias"}), *module._buffers, *module._modules]
     if extras:
@@ -258,7 +279,9 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
     if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         return "it has state-dict hooks, which expect the key 'weight'"
     patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
-    return f"its {patched[0]} was replaced on this instance" if patched else ""
+    bounded = getattr(module, "max_norm", None) is not None
+    otherwise = "max_norm rescales its rows in place when they are looked up (set it to None first)" if bounded else ""
+    return f"its {patched[0]} was replaced on this instance" if patched else otherwise
 
 
 def check_rank(rank: object, matricisation: Matricisation, form: Form, whole: str) -> int:
@@ -279,8 +302,8 @@ def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) ->
     """Return the weight of a layer that is about to be factored, or say why it cannot be."""
     name = type(module).__name__
     if not isinstance(module, expected):
-        other = next((one.__name__ for one in _FACTORED if isinstance(module, one)), "")
-        advice = f" Use LowRank{other}.from_{other.lower()} for that." if other else ""
+        other = next((one for one in _FACTORED if isinstance(module, one)), None)
+        advice = f" Use {way_to_factor(other)} for that." if other else ""
         raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}.{advice}")
     weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
@@ -294,6 +317,12 @@ def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) ->
     if reason:
         raise ValueError(f"this {name} cannot be factored: {reason}.")
     return weight
+
+
+def way_to_factor(dense_class: type[nn.Module]) -> str:
+    """Name the method that factors a layer of torch."""
+    name = dense_class.__name__
+    return f"LowRank{name}.from_{name.replace('Transpose', '_transpose').lower()}"
 
 
 def memory_format_of(weight: Tensor) -> torch.memory_format:
@@ -327,16 +356,26 @@ def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     return layer
 
 
+def check_writable(layer: LowRankLayer, what: str) -> None:
+    """Refuse a layer whose factors are no plain parameters any more; ``what`` says what was to be done with it."""
+    for child in (getattr(layer, name) for name in layer.factor_children):
+        weight = child._parameters.get("weight")
+        if not isinstance(weight, Tensor) or is_quantised(weight):
+            now = "without a plain weight" if weight is None else f"with a weight of type {type(weight).__name__}"
+            raise ValueError(
+                f"a {type(layer).__name__} cannot be {what}: its factor is now a {type(child).__module__}."
+                f"{type(child).__name__} {now} (quantised, pruned or parametrized after it was compressed). Do it "
+                "before quantising; prune.remove or remove_parametrizations makes the others plain again."
+            )
+
+
 def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
     """Build the dense layer of type ``cls`` that a low-rank layer stands for."""
-    for child in (getattr(layer, name) for name in layer.factor_children):
-        if not isinstance(child._parameters.get("weight"), Tensor):
-            raise ValueError(
-                f"a {type(layer).__name__} cannot be merged: its factor is now a {type(child).__module__}."
-                f"{type(child).__name__} without a plain weight (quantised or parametrized after it was compressed)."
-            )
+    check_writable(layer, "merged")
     own = layer._factor("up")
-    dense: Any = uninitialised(cls, *args, **kwargs, bias=False, device=own.device, dtype=own.dtype)
+    if cls is not nn.Embedding:  # which never has one
+        kwargs["bias"] = False
+    dense: Any = uninitialised(cls, *args, **kwargs, device=own.device, dtype=own.dtype)
     bias = layer.bias
     with torch.no_grad():
         exact = tuple(working_copy(factor) for factor in layer.factors())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._geometry import Convolution
+from ._geometry import Convolution, Transposed
 from ._prices import Positions
 from ._running import observing
 
@@ -36,7 +36,7 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
     Args:
         model: any model.
         inputs: arguments for it.
-        layers: Linear and convolution modules of it, by name.
+        layers: linear layers, convolutions and embeddings of it, by name.
 
     Returns:
         The count, and the positions of each layer, all calls together; zero for a layer that is never called.
@@ -56,7 +56,7 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
 
 
 def _positions(module: nn.Module, given: Tensor, output: Tensor) -> Positions:
-    if not isinstance(module, Convolution):
+    if not isinstance(module, (Convolution, Transposed)):
         rows = output.numel() // output.shape[-1]
         return Positions(rows, rows, rows, rows)
     axes = module.weight.dim() - 2

@@ -16,6 +16,10 @@ scheme                   rows                columns             the two convolu
 A linear layer has no kernel axes, so its weight is the matrix. Groups are a batch of matrices: each is factored
 on its own, since a grouped weight flattened as one matrix mixes channels that never meet.
 
+The weight of a transposed layer has its inputs first, ``(in, out / groups, *kernel)``: that of a transposed
+convolution, and the table of an embedding, whose inputs are the rows to choose from. The matrices are the same; one of
+the two layers is such a layer again, the other an ordinary one. There are no spatial schemes for these.
+
 A product of rank r is stored in one of two forms. ``factored`` keeps both factors whole, r(m + n) numbers. ``pivoted``
 picks r rows, the pivots, and keeps them as they are: the other m - r rows are combinations of them, so that one factor
 is smaller by r × r, r(m + n - r) numbers in all. Under ``input`` the pivots are columns: input channels.
@@ -61,6 +65,16 @@ def channel_view(weight: Tensor, groups: int = 1, *, transposed: bool = False) -
     return grouped.transpose(1, 2) if transposed else grouped
 
 
+def exchanged(weight: Tensor, groups: int = 1) -> Tensor:
+    """Exchange the two channel axes of a weight within each group: outputs first to inputs first, and back."""
+    return channel_view(weight, groups, transposed=True).reshape(_exchanged_shape(weight.shape, groups))
+
+
+def _exchanged_shape(shape: Sequence[int], groups: int) -> tuple[int, ...]:
+    first, second, *kernel = shape
+    return groups * second, first // groups, *kernel
+
+
 @dataclass(frozen=True)
 class Matricisation:
     """One scheme applied to one shape of weight, and the way back.
@@ -71,6 +85,7 @@ class Matricisation:
         in_channels: input channels of one group.
         kernel: sizes of the kernel axes, empty for a linear layer.
         down_axes: the kernel axes that stay with the input channels.
+        transposed: whether the weight has its inputs first, ``(in, out / groups, *kernel)``.
     """
 
     groups: int
@@ -78,6 +93,7 @@ class Matricisation:
     in_channels: int
     kernel: tuple[int, ...]
     down_axes: tuple[int, ...]
+    transposed: bool = False
 
     @property
     def up_axes(self) -> tuple[int, ...]:
@@ -175,9 +191,19 @@ class Matricisation:
         """Whether the pivots are columns; rows otherwise."""
         return self.order_child == "split"
 
+    @property
+    def inputs_first(self) -> Literal["down", "up", "neither"]:
+        """The layer whose own weight has its inputs first: of a transposed layer in two, the one with the kernel."""
+        if not self.transposed:
+            return "neither"
+        return "up" if self.kernel and not self.down_axes else "down"
+
     def to_matrices(self, weight: Tensor) -> Tensor:
-        """Reshape a weight ``(out, in / groups, *kernel)`` to ``(groups, rows, columns)``."""
-        grouped = weight.reshape(self.groups, self.out_channels, self.in_channels, *self.kernel)
+        """Reshape a weight to ``(groups, rows, columns)``."""
+        if self.transposed:
+            grouped = channel_view(weight, self.groups, transposed=True)
+        else:
+            grouped = weight.reshape(self.groups, self.out_channels, self.in_channels, *self.kernel)
         return grouped.permute(
             0, 1, *(3 + axis for axis in self.up_axes), 2, *(3 + axis for axis in self.down_axes)
         ).reshape(self.groups, self.rows, self.columns)
@@ -191,7 +217,8 @@ class Matricisation:
         place |= {axis: 3 + len(up_sizes) + i for i, axis in enumerate(self.down_axes)}
         order = (0, 1, 2 + len(up_sizes), *(place[axis] for axis in range(len(self.kernel))))
         shape = (self.groups * self.out_channels, self.in_channels, *self.kernel)
-        return split.permute(order).reshape(shape)
+        weight = split.permute(order).reshape(shape)
+        return exchanged(weight, self.groups) if self.transposed else weight
 
     def to_layer_weights(self, up: Tensor, down: Tensor, form: Form = "factored") -> tuple[Tensor, Tensor]:
         """Turn stored factors into weights of ``up`` and ``down``.
@@ -202,14 +229,27 @@ class Matricisation:
             form: which of the two.
         """
         rank = up.shape[-1]
-        up_shape, down_shape = self.layer_shapes(rank, form)
+        up_shape, down_shape = self._outputs_first_shapes(rank, form)
         if form == "factored" or self.pivots_columns:
             up_sizes = [self.kernel[axis] for axis in self.up_axes]
             up = up.reshape(self.groups, self.out_channels, *up_sizes, rank).movedim(-1, 2)
-        return up.reshape(up_shape), down.reshape(down_shape)
+        return self._exchanged_child(up.reshape(up_shape), down.reshape(down_shape))
 
     def layer_shapes(self, rank: int, form: Form = "factored") -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of the weights of ``up`` and ``down`` at a rank."""
+        up, down = self._outputs_first_shapes(rank, form)
+        return (
+            _exchanged_shape(up, self.groups) if self.inputs_first == "up" else up,
+            _exchanged_shape(down, self.groups) if self.inputs_first == "down" else down,
+        )
+
+    def rank_of(self, up_shape: Sequence[int]) -> int:
+        """Read the rank off the shape of the weight of ``up``, whatever else it is; 0 if it has not even two axes."""
+        if len(up_shape) < 2:  # noqa: PLR2004 - two channel axes
+            return 0
+        return up_shape[0] // self.groups if self.inputs_first == "up" else up_shape[1]
+
+    def _outputs_first_shapes(self, rank: int, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
         up_kernel, down_kernel = self._kernel_of(self.up_axes), self._kernel_of(self.down_axes)
         outputs, inputs = self.out_channels, self.in_channels
         if form == "pivoted":
@@ -220,11 +260,20 @@ class Matricisation:
 
     def to_factors(self, up_weight: Tensor, down_weight: Tensor, form: Form = "factored") -> tuple[Tensor, Tensor]:
         """Undo :meth:`to_layer_weights`."""
+        up_weight, down_weight = self._exchanged_child(up_weight, down_weight)
         rank = up_weight.shape[1]
         if form == "factored" or self.pivots_columns:
             up_sizes = [self.kernel[axis] for axis in self.up_axes]
             up_weight = up_weight.reshape(self.groups, self.out_channels, rank, *up_sizes).movedim(2, -1)
         return up_weight.reshape(self.groups, -1, rank), down_weight.reshape(self.groups, rank, -1)
+
+    def _exchanged_child(self, up_weight: Tensor, down_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Lay the weight that has its inputs first out as if it had its outputs first, or back."""
+        if self.inputs_first == "up":
+            up_weight = exchanged(up_weight, self.groups)
+        elif self.inputs_first == "down":
+            down_weight = exchanged(down_weight, self.groups)
+        return up_weight, down_weight
 
     def _kernel_of(self, axes: Sequence[int]) -> list[int]:
         return [size if axis in axes else 1 for axis, size in enumerate(self.kernel)]
@@ -254,21 +303,30 @@ def down_axes_of(scheme: str, kernel_axes: int) -> tuple[int, ...]:
     return (0,) if scheme == "spatial" else (1,)
 
 
-def matricise(shape: Sequence[int], scheme: str, groups: int = 1) -> Matricisation:
-    """Return the matricisation of a weight of ``shape`` ``(out, in / groups, *kernel)``."""
-    out_channels, in_channels, *kernel = shape
-    return Matricisation(groups, out_channels // groups, in_channels, tuple(kernel), down_axes_of(scheme, len(kernel)))
+def matricise(shape: Sequence[int], scheme: str, groups: int = 1, *, transposed: bool = False) -> Matricisation:
+    """Return the matricisation of a weight.
+
+    Args:
+        shape: ``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` if ``transposed``.
+        scheme: one that its kernel has.
+        groups: number of groups.
+        transposed: whether the weight has its inputs first.
+    """
+    out_channels, in_channels, *kernel = _exchanged_shape(shape, groups) if transposed else shape
+    axes = down_axes_of(scheme, len(kernel))
+    return Matricisation(groups, out_channels // groups, in_channels, tuple(kernel), axes, transposed)
 
 
-def distinct_schemes(kernel: Sequence[int]) -> dict[Scheme, Scheme]:
-    """Map every scheme for a kernel to the first scheme that is the same reshaping.
+def distinct_schemes(kernel: Sequence[int], *, transposed: bool = False) -> dict[Scheme, Scheme]:
+    """Map every scheme for a kernel, or that of a transposed layer, to the first scheme that is the same reshaping.
 
     Kernel axes of size one make schemes coincide: for a 1×1 kernel all four are ``channel``. Each matricisation
     goes by one name, so that the shapes of the two factors always tell which one they came from.
     """
     names: dict[tuple[int, ...], Scheme] = {}
     first: dict[Scheme, Scheme] = {}
-    for scheme in SCHEMES if len(kernel) == 2 else SCHEMES[:2]:  # noqa: PLR2004 - height and width
+    planar = len(kernel) == 2 and not transposed  # noqa: PLR2004 - height and width
+    for scheme in SCHEMES if planar else SCHEMES[:2]:
         split = tuple(axis for axis in down_axes_of(scheme, len(kernel)) if kernel[axis] > 1)
         first[scheme] = names.setdefault(split, scheme)
     return first

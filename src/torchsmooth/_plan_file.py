@@ -6,13 +6,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 
 from ._budget import Frontier
 from ._matricise import FORMS, distinct_schemes, matricise
-from ._prices import MacPrices, ParameterPrices, Positions, TimePrices
+from ._prices import MacPrices, ParameterPrices, Positions, TimePrices, Work
 from ._targets import TARGETS
 from ._tucker import monotone
 from ._tucker_layout import TuckerLayout, no_more
@@ -49,13 +49,18 @@ def _layer_content(layer: LayerPlan) -> dict[str, Any]:
         "name": layer.name,
         "type": layer.type,
         "shape": list(layer.shape),
-        "parameters_before": layer.parameters_before,
+        "parameters_before": math.prod(layer.shape) if options else layer.parameters_before,
+        # Of a low-rank layer, or of one whose weight is computed, another number is stored.
+        **(
+            {"stored": layer.parameters_before} if options and layer.parameters_before != math.prod(layer.shape) else {}
+        ),
         "scheme": layer.scheme,
         "form": layer.form,
         "rank": layer.rank,
         "reason": layer.reason,
         "forms": list(layer.forms),
         "groups": options[0].matricisation.groups if options else 1,
+        **({"transposed": True} if options and getattr(options[0].matricisation, "transposed", False) else {}),
         "roundoff": options[0].roundoff if options else 0.0,
         "errors": {scheme: _errors_content(layer, scheme, one) for scheme, one in layer.options.items()},
         "prices": _prices_content(layer.prices),
@@ -84,7 +89,8 @@ def _short(number: float) -> float:
 
 def _prices_content(prices: Prices) -> dict[str, Any] | None:
     if isinstance(prices, MacPrices):
-        return {"positions": list(prices.positions)}
+        work = {} if prices.work == "outputs" else {"work": prices.work}
+        return {"positions": list(prices.positions), **work}
     if isinstance(prices, TimePrices):
         times = [
             [*key, list(rank) if isinstance(rank, tuple) else rank, time]
@@ -146,7 +152,7 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
     roundoff = fields.number("roundoff")
     options: dict[LayerScheme, Option] = {}
     errors = fields.fields("errors")
-    known = _layouts(shape, groups)
+    known = _layouts(shape, groups, transposed=fields.flag("transposed"))
     for name in errors.content:
         if name not in known:
             _refuse(f"{errors.where}{name}", f"a scheme of a weight of shape {shape} with {groups} groups", name)
@@ -161,18 +167,22 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
             _refuse(
                 f"{fields.where}parameters_before", f"{math.prod(shape)}, as the shape has", layer.parameters_before
             )
-        layer.prices = _prices(fields, target, layer.parameters_before, options)
+        if "stored" in fields.content:
+            layer.parameters_before = fields.count("stored", least=1)
+        entries = layer.parameters_before if target == "params" else math.prod(shape)
+        layer.prices = _prices(fields, target, entries, options)
     _choose(layer, fields)
     return layer
 
 
-def _layouts(shape: tuple[int, ...], groups: int) -> dict[LayerScheme, Layout]:
+def _layouts(shape: tuple[int, ...], groups: int, *, transposed: bool) -> dict[LayerScheme, Layout]:
     if len(shape) < 2 or 0 in shape or shape[0] % groups:  # noqa: PLR2004 - outputs and inputs
         return {}
     layouts: dict[LayerScheme, Layout] = {
-        scheme: matricise(shape, scheme, groups) for scheme in set(distinct_schemes(shape[2:]).values())
+        scheme: matricise(shape, scheme, groups, transposed=transposed)
+        for scheme in set(distinct_schemes(shape[2:], transposed=transposed).values())
     }
-    tucker = TuckerLayout.of(shape, groups)
+    tucker = None if transposed else TuckerLayout.of(shape, groups)
     return layouts if tucker is None else layouts | {"tucker": tucker}
 
 
@@ -245,7 +255,8 @@ def _prices(fields: _Fields, target: str, entries: int, options: Mapping[LayerSc
         positions = prices.counts("positions", least=0)
         if len(positions) != len(Positions._fields):
             _refuse(f"{prices.where}positions", f"{len(Positions._fields)} whole numbers", positions)
-        return MacPrices(Positions(*positions), entries)
+        work: Work = prices.choice("work", get_args(Work)) if "work" in prices.content else "outputs"
+        return MacPrices(Positions(*positions), entries, work)
     times: dict[tuple[LayerScheme, Form], dict[Rank, int]] = {}
     for index, row in enumerate(prices.items("times")):
         where = f"{prices.where}times[{index}]"
@@ -311,6 +322,12 @@ class _Fields:
     def text(self, name: str) -> str:
         text: str = self._checked(name, lambda value: isinstance(value, str), "a text")
         return text
+
+    def flag(self, name: str) -> bool:
+        """Read what is only written where it is true."""
+        return name in self.content and bool(
+            self._checked(name, lambda value: isinstance(value, bool), "true or false")
+        )
 
     def choice(self, name: str, choices: Sequence[Any]) -> Any:
         listed = " or ".join(repr(one) for one in choices) or "null: the layer has no scheme"

@@ -167,7 +167,7 @@ class Planner:
         found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"
         return (
             f"nothing to compress in this {kind}: {found}. "
-            "Linear and Conv2d layers with more than a few channels can be."
+            "Linear layers, convolutions and embeddings with more than a few channels can be."
         )
 
 

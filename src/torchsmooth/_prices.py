@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     from ._matricise import Form, LayerScheme
     from ._tucker_layout import Layout, Rank
+
+
+# At which positions a layer uses each entry of its weight: those of its output, as most do; those of its input, as
+# transposed convolutions do; or at none, as it looks rows up.
+Work = Literal["outputs", "inputs", "lookups"]
 
 
 class Prices(Protocol):
@@ -80,15 +85,18 @@ class MacPrices:
     Attributes:
         positions: what the layer was seen to compute, all calls together.
         entries: entries of the weight.
+        work: at which positions the layer uses each of them.
     """
 
     positions: Positions
     entries: int
+    work: Work = "outputs"
 
     @property
     def dense(self) -> int:
-        """Each entry of the weight is used once for each output position."""
-        return self.positions.outputs * self.entries
+        """Each entry of the weight is used once for each of these positions."""
+        times = {"outputs": self.positions.outputs, "inputs": self.positions.inputs, "lookups": 0}
+        return times[self.work] * self.entries
 
     def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return all ranks to choose from and their multiply-accumulates."""
@@ -101,7 +109,12 @@ class MacPrices:
 
     def _costs(self, layout: Layout, form: Form, ranks: Tensor) -> Tensor:
         down, up = layout.work(ranks, form)
-        return self.positions.of_down(layout) * down + self.positions.outputs * up
+        inputs, outputs = self.positions.inputs, self.positions.outputs
+        if self.work == "lookups":
+            return outputs * up
+        if self.work == "inputs":  # the kernel goes with one of the two, which makes the output larger
+            return inputs * down + (outputs if layout.down_axes else inputs) * up
+        return self.positions.of_down(layout) * down + outputs * up
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,16 @@ from torch import Tensor, nn
 from ._batches import run
 from ._calibration import (
     NOT_REACHED,
-    TOO_WIDE,
-    WIDEST,
     Calibration,
     Traffic,
     grouped_weight,
     hook_first,
     running,
-    width_of,
+    why_uncalibrated,
 )
 from ._layers import weight_of
 from ._linalg import LinAlgError, working_copy
+from ._matricise import channel_view
 from ._moments import Moments, check_moments, input_rows, output_rows
 from ._norms import FollowingNorms
 from ._progress import progress
@@ -133,8 +132,9 @@ def refit(
 
     for module in replacements:
         seen = traffic[names[module]]
-        if not seen.reached or width_of(module) > WIDEST:
-            leave(module, TOO_WIDE if seen.reached else NOT_REACHED)
+        why = why_uncalibrated(module) if seen.reached else NOT_REACHED
+        if why:
+            leave(module, why)
         else:
             steps.append(module)
     steps.sort(key=lambda module: traffic[names[module]].order)
@@ -185,8 +185,8 @@ def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred
 def _stored_weight(low_rank: LowRankLayer) -> Tensor:
     """Multiply out what is stored, in float64 and as patches see it, ``(groups, m, n)``."""
     factors = tuple(working_copy(factor) for factor in low_rank.factors())
-    weight, groups = low_rank.product_of(factors), len(factors[0])
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+    weight = low_rank.product_of(factors)
+    return channel_view(weight, len(factors[0]), transposed=low_rank.transposed).flatten(2)
 
 
 def _bias_of(low_rank: LowRankLayer, moments: Moments, dtype: torch.dtype) -> Tensor:

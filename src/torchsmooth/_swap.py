@@ -9,6 +9,8 @@ from torch import nn
 from ._lowrank_layer import LowRankLayer
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv2d
+from .lowrank_embedding import LowRankEmbedding
+from .lowrank_transposed import LowRankConvTranspose2d
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
@@ -37,8 +39,12 @@ _STANDARD = frozenset().union(
         for layer in (
             nn.Linear(1, 1, device="meta"),
             nn.Conv2d(1, 1, 1, device="meta"),
+            nn.ConvTranspose2d(1, 1, 1, device="meta"),
+            nn.Embedding(1, 1, device="meta"),
             LowRankLinear(1, 1, 1, device="meta"),
             LowRankConv2d(1, 1, 1, 1, device="meta"),
+            LowRankConvTranspose2d(1, 1, 1, 1, device="meta"),
+            LowRankEmbedding(1, 1, 1, device="meta"),
             TuckerConv2d(2, 2, 2, 1, device="meta"),
         )
     )
@@ -48,7 +54,7 @@ _STANDARD = frozenset().union(
 def take_over_(new: nn.Module, old: nn.Module) -> None:
     """Give a replacement the hooks, the very bias and the user's own attributes of the layer it stands in for."""
     take_over_hooks_(new, old, private=True)
-    bias = old.bias
+    bias = getattr(old, "bias", None)  # an embedding has none
     if isinstance(bias, nn.Parameter):
         owner = new.bias_owner if isinstance(new, LowRankLayer) else new
         owner.register_parameter("bias", bias)

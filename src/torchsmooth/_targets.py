@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._latency import measure_times
+from ._layers import KINDS
 from ._macs import observe_macs
 from ._prices import MacPrices
 from ._running import as_inputs
@@ -46,7 +47,7 @@ WORDS: dict[Target, Words] = {
     "latency": Words("nanoseconds", "the model's time", "no rank is faster", "worth its time in this budget"),
 }
 
-NOT_REACHED = "the example inputs never reach it"
+NOT_REACHED = "never called on the example inputs"
 
 
 def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
@@ -76,13 +77,14 @@ def price_(
         return parameters
     if target == "macs":
         whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
-        for name, (layer, _) in candidates.items():
-            layer.prices = MacPrices(found[name], math.prod(layer.shape))
+        for name, (layer, module) in candidates.items():
+            layer.prices = MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
+            if not found[name].outputs:
+                layer.reason = NOT_REACHED
     else:
         whole, times = measure_times(model, inputs, candidates, multiple=multiple, show=show)
         for name, (layer, _) in candidates.items():
             layer.prices = times[name]
-    for layer, _ in candidates.values():
-        if not layer.prices.dense:
-            layer.reason = NOT_REACHED
+            if not layer.prices.dense:
+                layer.reason = NOT_REACHED
     return whole

@@ -40,7 +40,8 @@ def attach_(
     Call it once; leave ``penalty_loss`` out of the loss.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``. Only tensors among its parameters, or computed from them (as
+        optimizer: any ``torch.optim.Optimizer``, or one that passes the steps on to its attribute ``optimizer``, as
+            accelerate's does. Only tensors among its parameters, or computed from them (as
             parametrized ones are), get a gradient.
         model: the model with registered penalties; wrapped (DistributedDataParallel, torch.compile) or not. Penalties
             that are registered or removed later count from the next step on.
@@ -73,6 +74,7 @@ def attach_(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}.")
+    optimizer = _stepping(optimizer)
     check_module(model)
     every = check_count(every, "every", None, "optimizer steps from one evaluation to the next")
     if schedule is not None and not callable(schedule):
@@ -87,6 +89,19 @@ def attach_(
     handle = PenaltyHandle(optimizer, model, every, schedule)
     optimizer.__dict__[_HANDLES] = attached | {id(handle): handle}
     return handle
+
+
+def _stepping(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that takes the steps, where the one at hand only passes them on, as accelerate's does."""
+    inner: object = optimizer
+    while isinstance(inner, torch.optim.Optimizer):
+        if hasattr(inner, "_optimizer_step_pre_hooks"):  # it called the constructor of its base class
+            return inner
+        inner = getattr(inner, "optimizer", None)
+    raise TypeError(
+        f"this {type(optimizer).__name__} has no step hooks, and no attribute 'optimizer' that has: attach the "
+        "torch.optim.Optimizer that takes its steps."
+    )
 
 
 class PenaltyHandle:

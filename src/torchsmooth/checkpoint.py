@@ -17,6 +17,7 @@ from ._expansion import expanded_
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Form, Matricisation
+from ._quantised import is_quantised
 from ._swap import swap_, take_over_
 from ._tensor_source import Checkpoint
 from ._tucker_layout import Layout, TuckerLayout
@@ -190,13 +191,13 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
 def _rank(layout: Layout, form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """Return the rank at which a layout has factors of these shapes; None if at none."""
     up, down, core = shapes["up"], shapes["down"], shapes.get("core")
-    rank = up[1] if len(up) > 1 else 0
     if isinstance(layout, Matricisation):
+        rank = layout.rank_of(up)
         fits = core is None and 1 <= rank <= layout.largest_rank(form)
         return rank if fits and layout.layer_shapes(rank, form) == (up, down) else None
     if core is None or len(core) != 4 or not isinstance(layout, TuckerLayout):  # noqa: PLR2004 - a convolution
         return None
-    pair, most = (core[1], rank), layout.largest_rank(form)
+    pair, most = (core[1], up[1] if len(up) > 1 else 0), layout.largest_rank(form)
     fits = 1 <= pair[0] <= most[0] and 1 <= pair[1] <= most[1]
     return pair if fits and layout.layer_shapes(pair, form) == (up, core, down) else None
 
@@ -213,7 +214,13 @@ def _check_order(name: str, key: str, ordered: Ordered, state_dict: Mapping[str,
 
 
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
-    """Recognise the usual mistake: a prefix that a wrapper has put before every key."""
+    """Recognise the usual mistakes: quantised tensors, and a prefix that a wrapper has put before every key."""
+    for key, value in state_dict.items():
+        if is_quantised(value):
+            return (
+                f" ({key!r} is a quantised {type(value).__name__}: save the state dict before quantising, and quantise "
+                "after loading)"
+            )
     for prefix in ("module.", "_orig_mod."):
         for wrapped, whose, way in (
             (state_dict, "its keys", f"strip it, or save model.{prefix}state_dict()"),

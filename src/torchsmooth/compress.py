@@ -50,7 +50,7 @@ def svd_compress_(
     progress: bool | None = None,
     process_group: ProcessGroup | None = None,
 ) -> CompressionReport:
-    """Replace the Linear and Conv2d layers of a model by low-rank ones, in place, with no fine-tuning.
+    """Replace linear layers, convolutions and embeddings of a model by low-rank ones, in place, with no fine-tuning.
 
     Everything is planned and factored first and swapped last: an error leaves the model bit for bit as it was. Device,
     dtype, memory format, mode, ``requires_grad``, bias parameters and hooks are kept. The weights are new parameters,
@@ -87,8 +87,9 @@ def svd_compress_(
             a DataLoader: tensors; tuples or lists, of which the first element is the input; or dicts of keyword
             arguments. Ranks are then weighed by the error at each layer's output on this data, and factors, biases and
             BatchNorm statistics are fitted to it in closed form, layer after layer; no gradients. A layer that the data
-            never reaches, or with inputs wider than 8,192, is compressed without, and the report says so. The batches
-            are kept in memory meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
+            never reaches or with inputs wider than 8,192, a transposed convolution and an embedding are compressed
+            without, and the report says so. The batches are kept in memory meanwhile, and second moments in float64 of
+            at most 1 GiB, or of one layer.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
             pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
             removes what computed it; where that saves nothing, the layer stays as it is.
@@ -158,7 +159,7 @@ def svd_compress_(
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def restore_dense_(model: nn.Module) -> nn.Module:
-    """Merge every low-rank layer back into an ``nn.Linear`` / ``nn.Conv2d``, in place.
+    """Merge every low-rank layer back into the ordinary layer that it stands for, in place.
 
     The result computes what the compressed model computes (to rounding), not what the model computed before. A model
     without low-rank layers is returned as it is.
@@ -184,7 +185,7 @@ def restore_dense_(model: nn.Module) -> nn.Module:
     if isinstance(model, LowRankLayer):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
-            "call its to_linear() or to_conv2d()."
+            "call its to_dense()."
         )
     low_rank = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
     expanded = [(name, module) for name, module in model.named_modules() if SOURCE in vars(module)]

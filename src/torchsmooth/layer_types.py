@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ._checks import describe
+from .attention import LowRankMultiheadAttention
+from .recurrent import LowRankGRU, LowRankLSTM, LowRankRNN
+from .recurrent_cells import LowRankGRUCell, LowRankLSTMCell, LowRankRNNCell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +31,15 @@ class LayerType:
     collapse: Callable[[Any], nn.Module] | None
 
 
-_TYPES: dict[type[nn.Module], LayerType] = {}
+_TYPES: dict[type[nn.Module], LayerType] = {
+    nn.MultiheadAttention: LayerType(LowRankMultiheadAttention.from_attention, LowRankMultiheadAttention.to_attention),
+    nn.RNN: LayerType(LowRankRNN.from_recurrent, LowRankRNN.to_recurrent),
+    nn.LSTM: LayerType(LowRankLSTM.from_recurrent, LowRankLSTM.to_recurrent),
+    nn.GRU: LayerType(LowRankGRU.from_recurrent, LowRankGRU.to_recurrent),
+    nn.RNNCell: LayerType(LowRankRNNCell.from_cell, LowRankRNNCell.to_cell),
+    nn.LSTMCell: LayerType(LowRankLSTMCell.from_cell, LowRankLSTMCell.to_cell),
+    nn.GRUCell: LayerType(LowRankGRUCell.from_cell, LowRankGRUCell.to_cell),
+}
 
 
 def layer_type(module: nn.Module) -> LayerType | None:

@@ -51,7 +51,8 @@ def plan_compression(
     more singular triple allows. A layer that would not get smaller stays dense.
 
     Args:
-        model: any model; its Linear and Conv2d layers are planned, everything else is listed with a reason.
+        model: any model; its linear layers, convolutions and embeddings are planned, everything else is listed with a
+            reason.
         ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
             1: 0.7 leaves 30 %.
         max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.

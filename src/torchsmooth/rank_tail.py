@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from ._checks import check_choice, check_count, check_open_unit, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._linalg import decompose
-from ._matricise import FORMS
+from ._matricise import FORMS, Matricisation
 from ._registered import name_of, penalties_of, unwrapped
 from ._tucker import tucker_core, tucker_factors, tucker_product
 from ._whole import check_whole
@@ -193,7 +193,7 @@ class TailPlan(Adaptation):
         self._refresh(step)
 
     def _refresh(self, step: int) -> None:
-        weights = {name: weight_of(module).detach() for module, name in self._tensors().items()}
+        weights = {name: _trained(module) for module, name in self._tensors().items()}
         for name, projection in self._projections.items():
             projection.refresh(weights[name])
         self._refreshed_at = step
@@ -252,5 +252,17 @@ def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _trained(module: nn.Module) -> Tensor:
+    """Return the weight as a penalty sees it: without the row that pads an embedding, which is never trained."""
+    weight, padding = weight_of(module).detach(), getattr(module, "padding_idx", None)
+    if padding is None:
+        return weight
+    row = padding % len(weight)
+    return torch.cat([weight[:row], weight[row + 1 :]])
+
+
 def _layout(module: nn.Module, scheme: LayerScheme) -> Layout:
-    return KINDS[type(module)].layouts(module)[scheme]
+    layout = KINDS[type(module)].layouts(module)[scheme]
+    if getattr(module, "padding_idx", None) is not None and isinstance(layout, Matricisation):
+        return replace(layout, in_channels=layout.in_channels - 1)
+    return layout

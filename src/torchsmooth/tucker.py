@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._checks import check_choice, check_values
 from ._geometry import HasGeometry, geometry_of, spelled_out
 from ._linalg import eigen
-from ._lowrank_layer import LowRankLayer, check_source, finite_copies, inherit, merged, uninitialised
+from ._lowrank_layer import LowRankLayer, check_source, check_writable, finite_copies, inherit, merged, uninitialised
 from ._matricise import FORMS, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, Ordered
 from ._pivoting import pivoted_rows, with_identity
@@ -215,8 +215,9 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             down: ``(groups, r_in, in)``, any floating dtype, finite.
 
         Raises:
-            ValueError: if a shape is not that, or a value NaN or infinite.
+            ValueError: if a shape is not that, a value NaN or infinite, or a factor no plain parameter any more.
         """
+        check_writable(self, "filled")
         layout, (r_in, r_out) = self.layout, self.rank
         shapes = [
             (layout.groups, layout.out_channels, r_out),

@@ -24,26 +24,27 @@ def moments(inputs: Tensor, outputs: Tensor, *, centred: bool) -> tuple[Tensor, 
     return inner / len(inputs), cross / len(inputs), energy / len(inputs)
 
 
-def patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
-    """What each output of a convolution is made of: ``(images, positions, groups, in / groups · kh · kw)``."""
+def patches(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, images: Tensor) -> Tensor:
+    """What each output of a convolution is made of: ``(images, positions, groups, in / groups · kernel)``."""
     reach = [apart * (size - 1) for apart, size in zip(conv.dilation, conv.kernel_size, strict=True)]
     if conv.padding == "same":
         sides = [(whole // 2, whole - whole // 2) for whole in reach]
+    elif conv.padding == "valid":
+        sides = [(0, 0)] * len(reach)
     else:
-        sides = [(0, 0) if conv.padding == "valid" else (size, size) for size in (conv.padding[0], conv.padding[1])]
+        sides = [(size, size) for size in conv.padding]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = F.pad(images, (*sides[1], *sides[0]), mode=mode)
-    starts = [range(0, padded.shape[2 + axis] - reach[axis], conv.stride[axis]) for axis in (0, 1)]
+    padded = F.pad(images, [size for pair in reversed(sides) for size in pair], mode=mode)
+    starts = [range(0, padded.shape[2 + axis] - reach[axis], conv.stride[axis]) for axis in range(len(reach))]
     found = []
     for image in padded:
         rows = []
-        for top, left in itertools.product(*starts):
-            patch = image[
-                :,
-                top : top + reach[0] + 1 : conv.dilation[0],
-                left : left + reach[1] + 1 : conv.dilation[1],
+        for corner in itertools.product(*starts):
+            window = [
+                slice(first, first + far + 1, apart)
+                for first, far, apart in zip(corner, reach, conv.dilation, strict=True)
             ]
-            rows.append(patch.reshape(conv.groups, -1))
+            rows.append(image[(slice(None), *window)].reshape(conv.groups, -1))
         found.append(torch.stack(rows))
     return torch.stack(found)
 

@@ -7,14 +7,17 @@ import itertools
 import torch
 from torch import Tensor
 
-ROW_AXES = {"channel": (), "input": (0, 1), "spatial": (1,), "spatial_transposed": (0,)}
+
+def _row_axes(scheme: str, kernel: list[int]) -> tuple[int, ...]:
+    everything = tuple(range(len(kernel)))
+    return {"channel": (), "input": everything, "spatial": (1,), "spatial_transposed": (0,)}[scheme]
 
 
 def group_matrices(weight: Tensor, scheme: str, groups: int) -> list[Tensor]:
     """The matrix of each group of a convolution weight, filled entry by entry."""
     total_out, in_channels, *kernel = weight.shape
     out_channels = total_out // groups
-    row_axes = ROW_AXES[scheme]
+    row_axes = _row_axes(scheme, kernel)
     matrices = []
     for group in range(groups):
         rows: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
@@ -36,7 +39,7 @@ def weight_from_matrices(matrices: list[Tensor], shape: tuple[int, ...], scheme:
     """Undo :func:`group_matrices` entry by entry."""
     total_out, in_channels, *kernel = shape
     out_channels = total_out // len(matrices)
-    row_axes = ROW_AXES[scheme]
+    row_axes = _row_axes(scheme, kernel)
     column_axes = [axis for axis in range(len(kernel)) if axis not in row_axes]
     weight = torch.zeros(shape, dtype=torch.float64)
     for group, matrix in enumerate(matrices):
@@ -48,6 +51,18 @@ def weight_from_matrices(matrices: list[Tensor], shape: tuple[int, ...], scheme:
                 index = (group * out_channels + out, inp, *(place[axis] for axis in range(len(kernel))))
                 weight[index] = matrix[row, column]
     return weight
+
+
+def outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """A weight ``(in, out / groups, *kernel)`` laid out as ``(out, in / groups, *kernel)``, entry by entry."""
+    total_in, out_channels, *kernel = weight.shape
+    in_channels = total_in // groups
+    laid_out = torch.zeros(groups * out_channels, in_channels, *kernel, dtype=weight.dtype)
+    for group in range(groups):
+        for out in range(out_channels):
+            for inp in range(in_channels):
+                laid_out[group * out_channels + out, inp] = weight[group * in_channels + inp, out]
+    return laid_out
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
