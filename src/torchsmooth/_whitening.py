@@ -96,12 +96,14 @@ def first_factor(weight: Tensor, inner: Tensor, layout: Matricisation, rank: int
         rank: how many.
     """
     matrices = layout.to_matrices(weight.reshape(-1, layout.in_channels, *layout.kernel))
-    root, inverse = square_roots(column_moment(inner, layout))
-    whitened = matrices @ root
-    if layout.rows <= layout.columns:
-        vectors = eigen(whitened @ whitened.mT)[1].flip(-1)[..., :rank]
-        down = vectors.mT @ whitened @ inverse
+    moment = column_moment(inner, layout)
+    if layout.rows <= layout.columns:  # left singular vectors of M S, which need no root: (M S) (M S)ᵀ = M C Mᵀ
+        whitened = matrices @ moment @ matrices.mT
+        vectors = eigen((whitened + whitened.mT) / 2)[1].flip(-1)[..., :rank]
+        down = vectors.mT @ matrices
     else:
+        root, inverse = square_roots(moment)
+        whitened = matrices @ root
         vectors = eigen(whitened.mT @ whitened)[1].flip(-1)[..., :rank]
         down = vectors.mT @ inverse
     # The sign of an eigenvector is anybody's guess; so that equal input gives equal factors, it is fixed.
