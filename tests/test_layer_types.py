@@ -286,7 +286,7 @@ def with_sparse(layer):
         (with_forward, "its forward was replaced on this instance"),
         (with_state_hook, "it has state-dict hooks, which expect its keys"),
         (with_parametrization, "a ParametrizedTurned inside is parametrized (remove that first)"),
-        (with_sparse, "its both is a Parameter of layout torch.sparse_coo"),
+        (with_sparse, "its both is sparse (torch.sparse_coo; to_dense() makes it plain)"),
     ],
 )
 def test_a_composite_layer_that_is_more_than_its_type_stays_as_it_is(change, reason):

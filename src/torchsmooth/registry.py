@@ -29,7 +29,9 @@ def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "")
     if not isinstance(tensor, Tensor):
         there = quoted([name for name, _ in module.named_parameters(recurse=False)]) or "no parameters of its own"
         what = "does not exist" if tensor is None else f"is {describe(tensor)}, not a tensor"
-        raise ValueError(f"{label} {what}: it has {there}.")
+        inside = any(isinstance(one, LAYERS) for one in module.modules() if one is not module)
+        way = " Pass the layer that has it, or call smooth_(model, penalty) for all layers." if inside else ""
+        raise ValueError(f"{label} {what}: it has {there}.{way}")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{label} is not initialised yet: run one batch through the module first.")
     if tensor.dtype not in FLOAT_DTYPES:
