@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, quoted
+from ._quantised import is_quantised
 from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of, unwrapped
 from .penalties import Penalty
 
@@ -34,6 +35,8 @@ def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "")
         raise ValueError(f"{label} {what}: it has {there}.{way}")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{label} is not initialised yet: run one batch through the module first.")
+    if is_quantised(tensor):
+        raise ValueError(f"{label} is quantised ({type(tensor).__name__}): penalties are for training, so before that.")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{label} is of {tensor.dtype}; a penalty needs float64, float32, bfloat16 or float16.")
     if tensor.dim() < 2:  # noqa: PLR2004 - the two channel axes
