@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -178,3 +180,30 @@ DATA = [
 @table(DATA)
 def test_a_mistake_is_answered_in_these_words(mistake):
     check(mistake)
+
+
+BATCH = "torchsmooth was calling the model with the input of a batch: a tensor of shape (8,) in torch.int64 on cpu."
+EXAMPLE = (
+    "torchsmooth was calling the model with example_inputs: a tensor of shape (8, 5) in torch.float32 on cpu, scale: a "
+    "float."
+)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes before Python 3.11")
+@pytest.mark.parametrize(
+    ("error", "options", "note"),
+    [
+        (RuntimeError, {"calibration": [(torch.arange(8), INPUTS)]}, BATCH),
+        (RuntimeError, {"target": "macs", "example_inputs": INPUTS[:, :5]}, EXAMPLE.replace(", scale: a float", "")),
+        (
+            TypeError,
+            {"target": "latency", "example_inputs": {"x": INPUTS[:, :5], "scale": 0.5}},
+            EXAMPLE.replace(": a tensor", ": x: a tensor"),
+        ),
+    ],
+)
+def test_an_error_of_the_model_itself_says_what_it_was_called_with(error, options, note):
+    model = Strict()
+    with pytest.raises(error) as caught:
+        svd_compress_(model, 0.5, **options)
+    assert caught.value.__notes__ == [note]

@@ -208,7 +208,7 @@ SOURCES = [
         "factors of other shapes",
         lambda model: model.set_factors_(torch.ones(5, 2), torch.ones(2, 6)),
         ValueError,
-        "up of this LowRankLinear of rank 2 must have shape (1, 5, 2), got (5, 2).",
+        "up must have shape (1, 5, 2), got (5, 2).",
         model=low_rank,
     ),
     Mistake(

@@ -46,7 +46,7 @@ DESCRIPTIONS = [
         "a strength as a tensor",
         lambda model: NuclearNorm(torch.tensor(1e-3)),
         TypeError,
-        "strength of NuclearNorm must be a real number, got tensor(0.0010).",
+        "strength of NuclearNorm must be a real number, got Tensor tensor(0.0010).",
     ),
     Mistake(
         "a strength of None",

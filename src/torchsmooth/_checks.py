@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 from torch import nn
 
-from ._quantised import is_quantised
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -34,13 +32,18 @@ def describe(value: object) -> str:
         return f"{kind} {value.__name__}"
     if len(text) > _SHORT or " at 0x" in text:
         return kind
-    return text if text.lower().startswith(kind.lower()) else f"{kind} {text}"
+    return text if text.startswith(kind) else f"{kind} {text}"
 
 
 def with_article(name: str) -> str:
     """Put "a" or "an" before the name of a class, as it is read aloud."""
     spelled = name[:2].isupper()  # LSTM, but not Linear
     return f"{'an' if name[:1] in ('AEFHILMNORSX' if spelled else 'AEIOaeio') else 'a'} {name}"
+
+
+def is_quantised(tensor: object) -> bool:
+    """Tell whether a tensor is of a type that has its own way back to floating values."""
+    return isinstance(tensor, torch.Tensor) and type(tensor).dequantize is not torch.Tensor.dequantize
 
 
 def kind_of_tensor(tensor: torch.Tensor) -> str:

@@ -8,21 +8,15 @@ from torch import Tensor
 
 from ._checks import describe
 from ._linalg import working_copy
-from ._table import format_rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ._lowrank_layer import LowRankLayer
 
-
-def checked_copies(
-    layer: LowRankLayer, factors: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
-) -> list[Tensor]:
+def checked_copies(factors: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
     """Return factors in float64, or refuse what is no tensor of the right shape with finite real values.
 
     Args:
-        layer: the layer that is to hold them.
         factors: what was given, by the names of the arguments.
         shapes: what shapes they should have, by the same names.
 
@@ -37,10 +31,7 @@ def checked_copies(
         if not factor.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {factor.dtype}.")
         if tuple(factor.shape) != shapes[name]:
-            raise ValueError(
-                f"{name} of this {type(layer).__name__} of rank {format_rank(layer.rank)} must have shape "
-                f"{shapes[name]}, got {tuple(factor.shape)}."
-            )
+            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(factor.shape)}.")
         copy = working_copy(factor)
         if not bool(copy.isfinite().all()):
             raise ValueError(f"{name} must hold finite values, got NaN or infinite ones.")

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, kind_of_tensor, quoted
+from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, is_quantised, kind_of_tensor, quoted
 from ._given_factors import checked_copies
 from ._linalg import balanced, truncated_factors, working_copy
 from ._matricise import FORMS
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
-from ._quantised import dequantised, is_quantised
+from ._quantised import dequantised
 from ._whitening import first_factor, second_factor
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class TwoFactorLayer(LowRankLayer):
         check_writable(self, "filled")
         layout = self.matricisation
         shapes = {"up": (layout.groups, layout.rows, self.rank), "down": (layout.groups, self.rank, layout.columns)}
-        up, down = checked_copies(self, {"up": up, "down": down}, shapes)
+        up, down = checked_copies({"up": up, "down": down}, shapes)
         if self.form == "factored":
             up, down = balanced(up, down)
         else:

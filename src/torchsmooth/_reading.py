@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._checks import FLOAT_DTYPES, describe, kind_of_tensor
-from ._quantised import is_quantised
+from ._checks import FLOAT_DTYPES, describe, is_quantised, kind_of_tensor
 from ._registered import _CONVOLUTIONS, _TRANSPOSED, LAYERS, name_of
 
 if TYPE_CHECKING:

@@ -31,8 +31,9 @@ def check_whole(model: nn.Module) -> None:
             )
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"{repr(name) if name else 'the model'} is wrapped in DistributedDataParallel, which would go on reducing "
-                "the old parameters: compress the module inside (.module), and wrap that anew if training goes on."
+                f"{repr(name) if name else 'the model'} is wrapped in DistributedDataParallel, which would go on "
+                "reducing the old parameters: compress the module inside (.module), and wrap that anew if training "
+                "goes on."
             )
         for own_name, parameter in module._parameters.items():
             if parameter is not None and hasattr(parameter, "full_tensor"):

@@ -160,7 +160,7 @@ class PenaltyHandle:
         """
         if penalty not in self._adaptations:
             known = _listed([repr(one) for one in self._adaptations])
-            raise ValueError(f"{describe(penalty)} is not among the adaptive penalties of this handle: it has {known}.")
+            raise ValueError(f"{penalty} is not among the adaptive penalties of this handle: it has {known}.")
         return self._adaptations[penalty]
 
     def state_dict(self) -> dict[str, Any]:

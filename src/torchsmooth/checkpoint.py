@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ._backup import Backup
-from ._checks import check_initialised, check_module, describe, quoted, with_article
+from ._checks import check_initialised, check_module, describe, is_quantised, quoted, with_article
 from ._expansion import expanded_
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Form, Matricisation
-from ._quantised import is_quantised
 from ._swap import swap_, take_over_
 from ._tensor_source import Checkpoint
 from ._tucker_layout import Layout, TuckerLayout

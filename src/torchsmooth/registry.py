@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, quoted
-from ._quantised import is_quantised
+from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, is_quantised, quoted
 from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of, unwrapped
 from .penalties import Penalty
 

@@ -226,7 +226,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             "core": (layout.groups, r_out, r_in, layout.positions),
             "down": (layout.groups, r_in, layout.in_channels),
         }
-        up, core, down = checked_copies(self, {"up": up, "core": core, "down": down}, shapes)
+        up, core, down = checked_copies({"up": up, "core": core, "down": down}, shapes)
         if self.form == "factored":
             up, core, down = tucker_balanced(up, core, down)
         else:
