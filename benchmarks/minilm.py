@@ -88,7 +88,7 @@ def main() -> None:
         "embeddings left alone": (not_embedding, 1 - tables / whole),
     }
     rows = []
-    bar = tqdm(total=len(scopes) * len(METHODS) * len(RATIOS), desc="minilm", disable=None)
+    bar = tqdm(total=len(scopes) * len(METHODS) * len(RATIOS), desc="minilm")
     for scope, (filter_fn, share) in scopes.items():
         for name, options, data in METHODS:
             given = batches if data else None
@@ -100,6 +100,7 @@ def main() -> None:
                 cells.append(measured(dense, embed(small, tokenizer, texts)))
                 bar.update()
             rows.append([scope, name, *cells])
+            tqdm.write(" | ".join(rows[-1]), file=sys.stderr)
     bar.close()
     title = (
         f"Embeddings of all-MiniLM-L6-v2 ({whole:,} parameters, {tables:,} of them embeddings) for {len(texts)} "

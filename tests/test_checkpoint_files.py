@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
+from testbed.cifar_resnet import load_cifar_resnet
 from tests import checkpoints
 from tests.checkpoints import KINDS, load, out, same, save
 from tests.networks import Tied, mlp, small_resnet
@@ -114,9 +115,7 @@ def test_what_is_no_plain_layer_by_its_name_or_shape_stays_dense(tmp_path, kind)
         "relative_attention_bias": by_name,
         "embeddings.0": by_name,
         "attention.in_proj_weight": "its key does not end in .weight",
-        "attention.out_proj": (
-            "part of an nn.MultiheadAttention, which is compressed in a model only, with svd_compress_"
-        ),
+        "attention.out_proj": "part of an nn.MultiheadAttention, which only svd_compress_ compresses",
         "depthwise": "depthwise, as far as its shape tells (give the model to be sure)",
         "quantised": f"{more}'quantised.weight_scale'",
         "norm": "a norm by its name (give the model to be sure)",
@@ -143,12 +142,13 @@ def test_a_filter_sees_names_and_shapes_of_what_could_be_compressed(tmp_path):
 
 
 class Grouped(nn.Module):
-    """What names and shapes cannot tell: groups, a lookup under another name, a subclass."""
+    """What names and shapes cannot tell: groups, a lookup under another name, a transposed weight, a subclass."""
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(30, 16)
         self.conv = nn.Conv2d(16, 16, 3, groups=2)
+        self.back = nn.ConvTranspose2d(16, 8, 3)
         self.odd = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16)
         self.embed_out = nn.Linear(16, 30)
 
@@ -162,9 +162,9 @@ def test_the_model_says_what_names_cannot(tmp_path, kind):
     before = repr(skeleton)
     report = compress_checkpoint(source, out(tmp_path, kind), max_error=0.6, model=skeleton)
     assert repr(skeleton) == before
-    svd_compress_(model, max_error=0.6, filter_fn=lambda module, name: type(module) in (nn.Linear, nn.Conv2d))
+    svd_compress_(model, max_error=0.6)
     assert same(load(out(tmp_path, kind)), {f"module.{key}": value for key, value in model.state_dict().items()})
-    assert {one.name.removeprefix("module.") for one in report.compressed} == {"conv", "embed_out"}
+    assert {one.name.removeprefix("module.") for one in report.compressed} == {"table", "conv", "back", "embed_out"}
     kept = {key.removeprefix("module."): value for key, value in load(out(tmp_path, kind)).items()}
     assert load_compressed_(Grouped(), kept).conv.groups == 2
 
@@ -327,6 +327,21 @@ def test_memory_is_that_of_a_few_layers_not_of_the_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "second.safetensors").stat().st_size > 15 * 2**20
     assert float(done.stdout) < 8  # MiB: what 32 layers take beyond 2
+
+
+def test_a_trained_network_from_the_wild(tmp_path, shared_data_folder):
+    """Saved from an nn.DataParallel, under "state_dict", beside its accuracy."""
+    (source,) = (shared_data_folder / "cifar_resnet").glob("resnet20-*.th")
+    report = compress_checkpoint(source, tmp_path / "small.th", 0.6, scheme=("channel", "spatial"))
+    model = load_cifar_resnet(20)
+    assert report.totals == svd_compress_(model, 0.6, scheme=("channel", "spatial")).totals
+    small = load(tmp_path / "small.th")
+    assert all(key.startswith("module.") for key in small)
+    # It is older than the counters of BatchNorm.
+    expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert same({key.removeprefix("module."): value for key, value in small.items()}, expected)
+    with pytest.raises(ValueError, match=r"its keys start with 'module\.', the prefix of a wrapper"):
+        load_compressed_(load_cifar_resnet(20), tmp_path / "small.th")
 
 
 def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch):

@@ -171,6 +171,26 @@ def test_a_source_that_has_changed_is_begun_anew(tmp_path, monkeypatch):
     assert same(load(target), model.state_dict())
 
 
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    source, target = save(mlp(sizes=SIZES).state_dict(), tmp_path, "safetensors"), out(tmp_path, "safetensors")
+    synced, renamed, sync, replace = [], [], os.fsync, os.replace
+
+    def counted_sync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def checked_replace(self, place):
+        renamed.append((self.stat().st_ino in synced, place))
+        replace(self, place)
+
+    monkeypatch.setattr("os.fsync", counted_sync)
+    monkeypatch.setattr("pathlib.Path.replace", checked_replace)
+    compress_checkpoint(source, target, 0.5)
+    assert all(known for known, _ in renamed)
+    assert renamed[-1][1] == target
+    assert synced[-1] == tmp_path.stat().st_ino  # the folder, so that the new name stays
+
+
 def test_an_error_before_any_work_leaves_nothing_behind(tmp_path):
     state = mlp(sizes=SIZES).state_dict()
     state["0.weight"][1, 2] = torch.nan

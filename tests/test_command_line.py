@@ -41,6 +41,18 @@ def test_all_options_arrive(tmp_path, capsys):
     assert same(load(tmp_path / "small.pt"), model.state_dict())
 
 
+def test_progress_goes_to_the_other_stream(tmp_path, capsys, monkeypatch):
+    source = save(mlp().state_dict(), tmp_path, "pickle")
+    monkeypatch.setattr("torchsmooth._progress._DELAY", 0.0)
+    monkeypatch.setattr("torchsmooth._progress._tqdm", lambda: None)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(["compress", str(source), str(tmp_path / "small.pt"), "--ratio", "0.5"]) == 0
+    printed = capsys.readouterr()
+    for what in ("Decomposing layers: 3 of 3", "Factoring layers: 3 of 3", "Writing files: 1 of 1"):
+        assert what in printed.err
+        assert what not in printed.out
+
+
 def test_nothing_is_replaced_without_force(tmp_path, capsys):
     source, target = save(mlp().state_dict(), tmp_path, "pickle"), tmp_path / "small.pt"
     target.write_bytes(b"mine")

@@ -26,6 +26,19 @@ def test_importances_are_squared_norms_over_the_largest(layers):
     assert importances(weights) == pytest.approx([one / max(squares) for one in squares])
 
 
+def test_of_a_table_the_mean_row_counts():
+    table, matrix = randn(60, 4, seed=0), randn(5, 4, seed=1)
+    squares = float(table.square().sum()) / 60, float(matrix.square().sum())
+    assert importances([table, matrix], [60, 1]) == pytest.approx([one / max(squares) for one in squares])
+    # Two layers of one spectrum: the table gives up its ranks first.
+    model = nn.ModuleDict({"table": nn.Embedding(64, 16), "head": nn.Linear(16, 64, bias=False)})
+    with torch.no_grad():
+        for one in model.values():
+            one.weight.copy_(randn(64, 16, seed=2))
+    plan = plan_compression(model, 0.4)
+    assert plan["table"].rank < (plan["head"].rank or 16)
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e150, 1e300])
 def test_importances_do_not_depend_on_the_scale(scale):
     weights = [randn(5, 5, seed=0), 0.1 * randn(5, 5, seed=1), torch.zeros(5, 5, dtype=torch.float64)]

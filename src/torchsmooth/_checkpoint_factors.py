@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._apply import measured_error
 from ._checks import check_values
-from ._layers import KINDS, FoundLayer, weight_of
+from ._layers import KINDS, FoundLayer, rows_of, weight_of
 from ._linalg import LinAlgError
 from ._objective import log_norm, relative_importances
 from ._options import bases_kept, options_of, undecomposed
@@ -70,7 +70,7 @@ class Workshop:
             raise ValueError(f"{self._checkpoint.file_of(layer.key)!r}: {error}") from error
         errors = {scheme: one.errors for scheme, one in options.items()}
         roundoff = next(iter(options.values())).roundoff
-        return {"errors": errors, "log_norm": log_norm(weight), "roundoff": roundoff}
+        return {"errors": errors, "log_norm": log_norm(weight, rows_of(found.module)), "roundoff": roundoff}
 
     def plans(self, layers: Sequence[CheckpointLayer], known: Mapping[str, Mapping[str, Any]]) -> list[LayerPlan]:
         """Return what can be planned for all layers, given what :meth:`decompose` returned for each, by name."""

@@ -157,7 +157,7 @@ class _Names:
         parent = name.rpartition(".")[0]
         beside = [f"{parent}.{one}" if parent else one for one in _ATTENTION]
         if name.endswith("out_proj") and any(one in self._entries for one in beside):
-            return "part of an nn.MultiheadAttention, which is compressed in a model only, with svd_compress_"
+            return "part of an nn.MultiheadAttention, which only svd_compress_ compresses"
         if bias is not None and bias.shape != entry.shape[:1]:
             return f"bias is of shape {bias.shape}"
         if self._transposed and bias is not None and entry.shape == bias.shape * 2:
@@ -225,7 +225,7 @@ def layers_of_model(checkpoint: Checkpoint, model: nn.Module) -> FoundLayers:
 def _reason_of_module(module: nn.Module) -> str:
     """Say whether a layer has to be written in plain ones first."""
     composite = layer_type(module) is not None or computing(module) or isinstance(module, LowRankLayer)
-    return f"{type(module).__name__} is compressed in a model only, with svd_compress_" if composite else ""
+    return f"only svd_compress_ compresses a {type(module).__name__}" if composite else ""
 
 
 def _reason_of_entry(entry: Entry) -> str:

@@ -197,6 +197,11 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
+def rows_of(layer: nn.Module) -> int:
+    """Return of how many rows of its weight a layer looks one up at a time; 1 if it multiplies with all of it."""
+    return len(weight_of(layer)) if KINDS[type(layer)].work == "lookups" else 1
+
+
 def count_parameters(module: nn.Module) -> int:
     """Count the parameters of a module, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())

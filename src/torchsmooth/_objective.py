@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def importances(weights: Sequence[Tensor]) -> list[float]:
+def importances(weights: Sequence[Tensor], rows: Sequence[int] | None = None) -> list[float]:
     """Return the importance of each layer: ‖W‖_F², so that the sum is one of *absolute* squared errors.
 
     How far a change of a weight reaches depends on the size of the change, not on that of the weight it is made to.
+    A matrix is multiplied with inputs of about unit size, which makes the square that of the error at its output; of a
+    table only one row is looked up at a time, so the mean over its rows counts.
 
     Args:
         weights: those of all layers that can be compressed, finite.
+        rows: of tables, how many rows they have; 1 for other layers. None: there are no tables.
 
     Returns:
         The squares, divided by the largest: between 0 and 1 at any scale of the weights.
     """
-    return relative_importances([log_norm(one) for one in weights])
+    counts = [1] * len(weights) if rows is None else rows
+    return relative_importances([log_norm(one, count) for one, count in zip(weights, counts, strict=True)])
 
 
 def relative_importances(log_norms: Sequence[float]) -> list[float]:
@@ -35,10 +39,10 @@ def relative_importances(log_norms: Sequence[float]) -> list[float]:
     return [4.0 ** (one - largest) if one > -math.inf else 0.0 for one in log_norms]
 
 
-def log_norm(weight: Tensor) -> float:
-    """Return log2 ‖W‖_F: the norm itself, or a square on the way to it, may leave the range of float64."""
+def log_norm(weight: Tensor, rows: int = 1) -> float:
+    """Return log2 of ‖W‖_F over √rows: the norm, or a square on the way to it, may leave the range of float64."""
     largest = float(working_copy(torch.maximum(weight.detach().amax(), -weight.detach().amin())))
     if largest == 0:
         return -math.inf
     squares = [float((piece / largest).square().sum()) for piece in pieces(weight.detach().flatten(1))]
-    return math.log2(math.fsum(squares)) / 2 + math.log2(largest)
+    return (math.log2(math.fsum(squares)) - math.log2(rows)) / 2 + math.log2(largest)

@@ -9,7 +9,7 @@ from ._calibration import Calibration, grouped_weight, width_of
 from ._checks import check_choice, check_filter, check_values
 from ._computed import computing
 from ._expansion import refuse_low_rank
-from ._layers import KINDS, FoundLayer, find_layers, weight_of, weights_of
+from ._layers import KINDS, FoundLayer, find_layers, rows_of, weight_of, weights_of
 from ._lowrank_layer import LowRankLayer
 from ._objective import importances
 from ._options import bases_kept, decomposition_work, options_of, output_losses
@@ -99,8 +99,9 @@ class Workpiece:
         weights = {one.name: weight_of(one.module) for one in found if not one.reason}
         for name, weight in weights.items():
             check_values(weight, name)
-        importance = dict(zip(weights, importances(list(weights.values())), strict=True))
         able = {one.name: one for one in found if not one.reason}
+        rows = [rows_of(one.module) for one in able.values()]
+        importance = dict(zip(weights, importances(list(weights.values()), rows), strict=True))
         layouts = {name: _layouts(one, request.schemes) for name, one in able.items()}
         kept = bases_kept(layouts)
         options = request.team.share(

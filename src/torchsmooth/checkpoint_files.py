@@ -73,9 +73,9 @@ def compress_checkpoint(
     the last one stopped. With other arguments, what was decomposed is still used. The folder is removed at the end; it
     may be deleted at any time that nothing runs.
 
-    In memory are at most one layer, a few times in float64, and the singular values of all; in scheme ``"tucker"`` also
-    a number for each pair of channels of each convolution. Pickles are mapped from the disk, if they were written by
-    torch 1.6 or later.
+    In memory are at most one layer, up to about eight times in float64, and the singular values of all; in scheme
+    ``"tucker"`` also a number for each pair of channels of each convolution. Pickles are mapped from the disk, if they
+    were written by torch 1.6 or later.
 
     Args:
         source: a ``.safetensors`` file; an index (``model.safetensors.index.json``) of several; a folder with one of
