@@ -56,7 +56,9 @@ def snapshot(model: nn.Module) -> dict[str, object]:
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
         "values": {
-            name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
+            name: value.to_dense().clone() if value.is_sparse else value.clone()
+            for name, value in model.state_dict().items()
+            if isinstance(value, torch.Tensor) and not (value.is_meta or nn.parameter.is_lazy(value))
         },
         "flags": [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
         "training": [module.training for module in model.modules()],

@@ -250,7 +250,11 @@ def test_constraints_are_values(bound, strength, kind):
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, r"Constrained needs a penalty such as NuclearNorm\(\) .* got ABCMeta", (NuclearNorm,)),
+        (
+            TypeError,
+            r"Constrained needs a penalty such as NuclearNorm\(\) .* got the class NuclearNorm",
+            (NuclearNorm,),
+        ),
         (TypeError, "Constrained needs a penalty .* got float 0.1", (0.1,)),
         (TypeError, "not adaptive itself, got Constrained", (Constrained(NuclearNorm()),)),
         (ValueError, r"bound must lie strictly between 0 and 1 .* got 0.0", (NuclearNorm(), 0)),
@@ -258,7 +262,7 @@ def test_constraints_are_values(bound, strength, kind):
         (TypeError, "bound must be a real number, got str 'half'", (NuclearNorm(), "half")),
         (ValueError, "strength of Constrained must be ≥ 0, got -1.0", (NuclearNorm(), 0.5, -1)),
         (ValueError, "strength of Constrained must be finite", (NuclearNorm(), 0.5, float("inf"))),
-        (TypeError, "strength of Constrained must be a real number, got NoneType", (NuclearNorm(), 0.5, None)),
+        (TypeError, "strength of Constrained must be a real number, got None", (NuclearNorm(), 0.5, None)),
     ],
 )
 def test_wrong_argument_is_named(error, message, arguments):

@@ -449,7 +449,7 @@ class Attention(nn.MultiheadAttention):
         (lambda: changed("q_proj", nn.Linear(E, E, bias=False)), ValueError, "child 'q_proj' has no bias"),
         (lambda: changed("v_proj", nn.Linear(E, E).half()), ValueError, "'v_proj' .* is of torch.float16"),
         (lambda: changed("v_proj", pruned_linear()), ValueError, "'v_proj' .* has no plain weight"),
-        (lambda: LowRankMultiheadAttention(0, 2), ValueError, "greater than 0"),
+        (lambda: LowRankMultiheadAttention(0, 2), ValueError, "embed_dim must be at least 1"),
     ],
 )
 def test_bad_layers_are_named_with_the_way_out(make, error, message):

@@ -305,7 +305,7 @@ def test_a_destination_that_makes_no_sense_is_refused_before_any_work(tmp_path, 
 
 def test_a_destination_must_be_a_path(tmp_path):
     source = save(mlp().state_dict(), tmp_path, "pickle")
-    with pytest.raises(TypeError, match="destination must be a path, got NoneType None"):
+    with pytest.raises(TypeError, match="destination must be a path, got None"):
         compress_checkpoint(source, None, 0.5)
 
 
@@ -318,7 +318,7 @@ ARGUMENTS = [
     ({"ratio": 0.5, "scheme": "best"}, ValueError, "scheme must be one of"),
     ({"ratio": 0.5, "form": "best"}, ValueError, "form must be one of"),
     ({"ratio": 0.5, "allocation": "best"}, ValueError, "allocation must be one of"),
-    ({"ratio": 0.5, "rank_multiple": 0}, ValueError, "rank_multiple must lie between 1 and"),
+    ({"ratio": 0.5, "rank_multiple": 0}, ValueError, "rank_multiple must be at least 1"),
     (
         {"ratio": 0.5, "filter_fn": "head"},
         TypeError,
@@ -337,7 +337,7 @@ ARGUMENTS = [
         {"ratio": 0.5, "filter_fn": lambda name, shape: False},
         ValueError,
         (
-            r"nothing to compress in this checkpoint: filter_fn left out 3 layers .* filter_fn\(name, shape\) "
+            r"nothing to compress in this checkpoint: filter_fn left out all 3 layers\. filter_fn\(name, shape\) "
             r"returns True"
         ),
     ),

@@ -123,7 +123,10 @@ ERRORS = [
     ),
     (
         ["compress", "model.pt", "small.pt", "--ratio", "2"],
-        "error: ratio must lie strictly between 0 and 1 (the fraction of the model's parameters to remove), got 2.0.\n",
+        (
+            "error: ratio must lie strictly between 0 and 1 (the fraction of the model's parameters to remove), got "
+            "2.0: 2 % is written 0.02.\n"
+        ),
     ),
     (
         ["inspect", "model.pt", "--ratios", "0"],

@@ -108,7 +108,7 @@ def test_a_rank_set_on_a_dense_layer_takes_the_smaller_form_that_was_asked_for(f
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda plan: setattr(plan["0"], "form", "dense"), "form of layer '0' must be one of 'factored', 'pivoted'"),
+        (lambda plan: setattr(plan["0"], "form", "dense"), "form of layer '0' cannot be set to 'dense': keep_dense"),
         (lambda plan: plan["0"].choose("channel", 24, "pivoted"), "between 1 and 23 .one less than the full rank"),
         (lambda plan: plan["0"].choose("channel", 5, "sparse"), "form of layer '0' must be one of"),
         (

@@ -286,7 +286,7 @@ def with_sparse(layer):
         (with_forward, "its forward was replaced on this instance"),
         (with_state_hook, "it has state-dict hooks, which expect its keys"),
         (with_parametrization, "a ParametrizedTurned inside is parametrized (remove that first)"),
-        (with_sparse, "its both is a Parameter of layout torch.sparse_coo"),
+        (with_sparse, "its both is sparse (torch.sparse_coo; to_dense() makes it plain)"),
     ],
 )
 def test_a_composite_layer_that_is_more_than_its_type_stays_as_it_is(change, reason):
@@ -303,7 +303,9 @@ def test_what_expand_gives_is_checked():
     reason = "it has 600 parameters, but what it was expanded to has 6"
     assert plan_compression(model, 0.1)["2"].reason == reason
     register_layer(Turned, lambda layer: layer.weight)
-    with pytest.raises(TypeError, match="the function registered for Turned must return a torch.nn.Module, got Param"):
+    with pytest.raises(
+        TypeError, match="layer '2': expand, as registered for Turned, must return a torch.nn.Module, got Param"
+    ):
         plan_compression(model, 0.1)
     one = nn.Sequential(fill_(Fused(1), 0), nn.Linear(SIZE, SIZE))
     assert plan_compression(one, 0.1)["0"].reason == "there is nothing to split"
@@ -313,7 +315,7 @@ def test_what_expand_gives_is_checked():
     ("arguments", "error", "message"),
     [
         (("Turned", turned_as_linear), TypeError, "layer_type must be a class of torch.nn.Module, got str 'Turned'"),
-        ((int, turned_as_linear), TypeError, "layer_type must be a class of torch.nn.Module, got type <class 'int'>"),
+        ((int, turned_as_linear), TypeError, "layer_type must be a class of torch.nn.Module, got the class int"),
         ((Turned, "linear"), TypeError, "expand must be a function of a layer, got str 'linear'"),
         ((Turned, turned_as_linear, 3), TypeError, "collapse must be a function of a layer, got int 3"),
         ((nn.Linear, turned_as_linear), ValueError, "layer_type must not be a plain layer, got Linear"),

@@ -273,12 +273,12 @@ def with_values(module, value):
         (
             lambda: LowRankLinear.from_linear(with_values(nn.Linear(5, 4), float("nan")), 2),
             ValueError,
-            "layer 'Linear' holds 1 NaN or infinite values out of 20",
+            "this Linear holds 1 NaN or infinite values out of 20",
         ),
         (
             lambda: LowRankConv2d.from_conv2d(with_values(nn.Conv2d(4, 4, 1), float("inf")), 2),
             ValueError,
-            "layer 'Conv2d' holds 1 NaN or infinite values out of 16",
+            "this Conv2d holds 1 NaN or infinite values out of 16",
         ),
         (lambda: LowRankLinear.from_linear(nn.Linear(5, 4, device="meta"), 2), ValueError, "on the meta device"),
         (lambda: LowRankLinear.from_linear(nn.LazyLinear(4), 2), ValueError, "not a plain parameter .lazy"),

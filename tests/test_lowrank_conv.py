@@ -271,7 +271,7 @@ def with_value(module, value):
         (
             lambda: low_rank(with_value(nn.Conv1d(2, 2, 1), torch.nan), 1),
             ValueError,
-            "'Conv1d' holds 1 NaN or infinite",
+            "this Conv1d holds 1 NaN or infinite",
         ),
         (lambda: low_rank(nn.Conv3d(2, 2, 1, device="meta"), 1), ValueError, "on the meta device"),
         (lambda: svd_compress_(nn.Conv1d(4, 4, 3), 0.5), ValueError, r"use LowRankConv1d.from_conv1d\(layer, rank\)"),

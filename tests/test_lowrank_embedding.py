@@ -384,12 +384,12 @@ def with_value(module, value):
         (
             lambda: LowRankEmbedding.from_embedding(with_value(nn.Embedding(9, 6), torch.inf), 2),
             ValueError,
-            "layer 'Embedding' holds 1 NaN or infinite values out of 54",
+            "this Embedding holds 1 NaN or infinite values out of 54",
         ),
         (
             lambda: svd_compress_(nn.Embedding(9, 6), 0.5),
             ValueError,
-            r"itself a Embedding.* use LowRankEmbedding.from_embedding\(layer, rank\), or wrap",
+            r"itself an Embedding.* use LowRankEmbedding.from_embedding\(layer, rank\), or wrap",
         ),
         (
             lambda: restore_dense_(LowRankEmbedding(9, 6, 2)),

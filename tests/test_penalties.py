@@ -124,7 +124,7 @@ def test_replace_makes_a_validated_twin_of_another_strength(penalty, strength):
         (-math.inf, ValueError, "must be finite, got -inf"),
         (True, TypeError, "must be a real number, got bool True"),
         ("1e-3", TypeError, "must be a real number, got str '1e-3'"),
-        (None, TypeError, "must be a real number, got NoneType None"),
+        (None, TypeError, "must be a real number, got None"),
         (1j, TypeError, "must be a real number, got complex 1j"),
         (torch.tensor(1.0), TypeError, "must be a real number, got Tensor"),
     ],

@@ -61,9 +61,13 @@ def test_ranks_and_schemes_can_be_edited():
         (
             lambda plan: setattr(plan["0"], "scheme", "input"),
             ValueError,
-            "scheme of layer '0' must be one of 'channel'",
+            "scheme of layer '0' must be 'channel', the only choice here",
         ),
-        (lambda plan: plan["0"].choose("bogus", 5), ValueError, "scheme of layer '0' must be one of 'channel'"),
+        (
+            lambda plan: plan["0"].choose("bogus", 5),
+            ValueError,
+            "scheme of layer '0' must be 'channel', the only choice here",
+        ),
         (lambda plan: plan["0"].choose("channel", 0), ValueError, "rank of layer '0' must lie between 1 and 24"),
         (lambda plan: plan["0"].choose("channel", "3"), TypeError, "rank of layer '0' must be an integer, got str"),
         (lambda plan: setattr(plan["0"], "rank", True), TypeError, "rank of layer '0' must be an integer, got bool"),

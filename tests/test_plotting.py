@@ -104,8 +104,8 @@ def test_a_compiled_layer_is_drawn_with_its_own_geometry():
 @pytest.mark.parametrize(
     ("error", "message", "weights", "options"),
     [
-        (TypeError, "weights must be a mapping from names to tensors or modules, got list", [], {}),
-        (ValueError, "weights must hold at least one", {}, {}),
+        (TypeError, "weights must be a mapping from names to tensors or modules, such as .*, got list", [], {}),
+        (ValueError, "such as .*, got an empty one", {}, {}),
         (TypeError, "the names in weights must be strings, got int 0", {0: torch.ones(2, 2)}, {}),
         (TypeError, "got for 'a' int 3", {"a": 3}, {}),
         (TypeError, "weight 'a' must be of .* got torch.int64", {"a": torch.ones(2, 2, dtype=torch.int64)}, {}),
@@ -127,7 +127,7 @@ def test_what_cannot_be_drawn_is_named(error, message, weights, options):
 
 def test_spectra_that_cannot_be_compared_are_refused():
     found = spectrum(two_layers())
-    with pytest.raises(TypeError, match="spectra must be a mapping from names to Spectrum, got Spectrum"):
+    with pytest.raises(TypeError, match="spectra must be a mapping from names to Spectrum, such as .*, got Spectrum"):
         plot_spectra(found)
     with pytest.raises(TypeError, match="what spectrum.* got for 'b' Sequential"):
         plot_spectra({"a": found, "b": two_layers()})

@@ -367,6 +367,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_tucker_spectrum",
         "_fine_ranks",
         "_geometry",
+        "_given_factors",
         "tucker",
         "_norms",
         "_calibration",

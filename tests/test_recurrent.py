@@ -297,7 +297,7 @@ class Recurrent(nn.LSTM):
         (
             lambda: changed(LowRankGRU(3, 4), "hh_l0", LowRankLinear(4, 12, 2)).to_recurrent(),
             ValueError,
-            "child 'hh_l0' of this LowRankGRU is LowRankLinear, expected a torch.nn.Linear: restore_dense_",
+            "child 'hh_l0' of this LowRankGRU must be a torch.nn.Linear, got LowRankLinear: restore_dense_",
         ),
         (
             lambda: changed(LowRankGRU(3, 4), "hh_l0", nn.Linear(4, 12, bias=False)).to_recurrent(),

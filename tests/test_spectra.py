@@ -196,7 +196,7 @@ def test_scalars_are_ready_to_be_logged():
     assert scalars["torchsmooth.first_difference/0"] == found["0"].first_difference
     assert set(found.scalars("")) == {re.sub(r"^torchsmooth[./]", "", tag) for tag in scalars}
     assert "torchsmooth.stable_rank/model" in spectrum(nn.Linear(2, 2)).scalars()
-    with pytest.raises(TypeError, match="prefix must be a string, got NoneType"):
+    with pytest.raises(TypeError, match="prefix must be a string, got None"):
         found.scalars(None)
 
 

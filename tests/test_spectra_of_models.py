@@ -195,7 +195,7 @@ def with_weight(weight) -> nn.Sequential:
             torch.ones(2, 2, dtype=torch.complex64))), {}),
         (ValueError, r"of layer '2' must have an output .* got shape \(20,\): .* gather", with_weight(nn.Parameter(
             torch.ones(20))), {}),
-        (ValueError, "layer '2' must have a tensor as its weight, got NoneType None", with_weight(None), {}),
+        (ValueError, "layer '2' must have a tensor as its weight, got None", with_weight(None), {}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_looked_at_is_named(error, message, model, options):

@@ -140,7 +140,7 @@ def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:
     if (found.type, shape) != (layer.type, layer.shape):
         raise ValueError(
             f"layer {layer.name!r} is planned as {layer.type} of shape {layer.shape}, but the model has "
-            f"{found.type} of shape {shape}: was the plan made for another model?"
+            f"{found.type} of shape {shape}: was the plan made for another model, or applied to this one already?"
         )
     layouts = KINDS[type(found.module)].layouts(found.module)
     if layer.scheme not in layouts or layouts[layer.scheme] != layer.options[layer.scheme].matricisation:

@@ -18,8 +18,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Args:
         path: where to; on any error, what is there stays as it is.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     target = Path(path)
+    if not target.absolute().parent.is_dir():  # or the error would name the draft
+        raise FileNotFoundError(f"the folder of {os.fspath(path)!r} does not exist: make it first.")
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with draft.open("xb") as file:

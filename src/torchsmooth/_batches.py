@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import describe
+from ._running import note, outline
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,9 +49,13 @@ def check_batch(batch: Any) -> Any:
 
 def run(model: nn.Module, batch: Any) -> Any:
     """Call a model with what :func:`check_batch` returns, or copies: a model that begins in place would change it."""
-    if isinstance(batch, Mapping):
-        return model(**{name: _copy(value) for name, value in batch.items()})
-    return model(_copy(batch))
+    try:
+        if isinstance(batch, Mapping):
+            return model(**{name: _copy(value) for name, value in batch.items()})
+        return model(_copy(batch))
+    except Exception as error:
+        note(error, f"calling the model with the input of a batch: {outline(batch)}")
+        raise
 
 
 def _copy(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, quoted
+from ._checks import FLOAT_DTYPES, quoted, with_article
 from ._computed import computing
 from ._layers import count_parameters, find_layers, weights_of
 from ._lowrank_layer import LowRankLayer
@@ -256,7 +256,8 @@ def _check_fit(entries: Mapping[str, Entry], model: nn.Module, prefix: str, chec
     if missing or unexpected:
         what, keys = ("lacks", missing) if missing else ("has, unlike the model,", unexpected)
         raise ValueError(
-            f"{name!r} {what} {quoted(keys)}: was it saved from a {type(model).__name__} built like this one?"
+            f"{name!r} {what} {quoted(keys)}: was it saved from {with_article(type(model).__name__)} built like this "
+            "one?"
         )
     for key, value in expected.items():
         if key in entries and entries[key].shape != tuple(value.shape):

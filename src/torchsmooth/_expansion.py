@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_initialised
+from ._checks import check_initialised, describe, kind_of_tensor, with_article
 from ._computed import computing, plain_copy, type_of
 from ._layers import KINDS, Origin
 from ._lowrank_layer import STATE_HOOKS, LowRankLayer, memory_format_of
+from ._running import note
 from ._sharing import Sharing
 from ._swap import SOURCE, swap_, take_over_, take_over_hooks_
 from ._table import format_rank
@@ -98,7 +99,12 @@ class Expansion:
             known = layer_type(module)
             if known is None:
                 raise ValueError(f"{type(module).__name__} is not supported")
-            expanded, source = _checked(known.expand(module), module), name_of_type(type(module))
+            try:
+                made = known.expand(module)
+            except Exception as error:
+                note(error, f"expanding layer {name!r}, {with_article(type(module).__name__)}")
+                raise
+            expanded, source = _checked(made, name, module), name_of_type(type(module))
             _settle_flags_(expanded, module)
             expanded.train(module.training)
             take_over_hooks_(expanded, module)
@@ -178,6 +184,7 @@ def collapse_(model: nn.Module, undo: ExitStack) -> None:
         undo: gets what takes it back.
 
     Raises:
+        TypeError: if a function that is registered returns something else than a module; the layer is named.
         ValueError: if one of them cannot be; the layer is named.
     """
     for name, module in reversed(list(model.named_modules())):
@@ -185,9 +192,14 @@ def collapse_(model: nn.Module, undo: ExitStack) -> None:
         if not name or known is None or known.collapse is None:
             continue
         try:
-            collapsed = known.collapse(module)
+            collapsed: object = known.collapse(module)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
+        if not isinstance(collapsed, nn.Module):
+            raise TypeError(
+                f"layer {name!r}: collapse, as registered for {vars(module)[SOURCE].rpartition('.')[2]}, must return a "
+                f"torch.nn.Module, got {describe(collapsed)}."
+            )
         take_over_hooks_(collapsed.train(module.training), module)
         collapsed.__dict__.pop(SOURCE, None)
         swap_(model, {module: collapsed})
@@ -212,18 +224,18 @@ def _check_whole(module: nn.Module) -> None:
         raise ValueError("its forward was replaced on this instance")
     for name, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
-            raise ValueError(f"its {name} is a {type(parameter).__name__} of layout {parameter.layout}")
+            raise ValueError(f"its {name} is {kind_of_tensor(parameter)}")
     computed = [child for child in module.modules() if computing(child)]
     if computed:
         raise ValueError(f"a {type(computed[0]).__name__} inside is {computing(computed[0])} (remove that first)")
 
 
-def _checked(expanded: object, module: nn.Module) -> nn.Module:
+def _checked(expanded: object, name: str, module: nn.Module) -> nn.Module:
     """Refuse what cannot be an expanded layer."""
-    kind = type(module).__name__
     if not isinstance(expanded, nn.Module):
         raise TypeError(
-            f"the function registered for {kind} must return a torch.nn.Module, got {type(expanded).__name__}."
+            f"layer {name!r}: expand, as registered for {type(module).__name__}, must return a torch.nn.Module, got "
+            f"{describe(expanded)}."
         )
     if expanded is module:
         raise ValueError("the function registered for it returned the layer itself")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from ._checks import describe
+from ._checks import check_choice, check_count, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,8 @@ def spelled_out(
 ) -> Convolution | Transposed:
     """Return the dense convolution of these arguments, without memory for its weight.
 
-    torch's own class checks the arguments and spells numbers out for each axis; on the meta device that costs nothing.
+    torch's own class checks the other arguments and spells numbers out for each axis; on the meta device that costs
+    nothing.
 
     Args:
         axes: how many kernel axes it has, 1 … 3.
@@ -50,15 +51,31 @@ def spelled_out(
         geometry: more arguments of ``nn.Conv2d`` or ``nn.ConvTranspose2d``.
 
     Raises:
-        TypeError: as ``nn.Conv2d`` does.
-        ValueError: as ``nn.Conv2d`` does, or if the kernel has another number of axes.
+        TypeError: if a size is not an integer, or as ``nn.Conv2d`` does.
+        ValueError: if a size is not positive, ``groups`` does not divide the channels, the padding or its mode is
+            unknown, the kernel has another number of axes, or as ``nn.Conv2d`` does.
     """
     classes: Any = TRANSPOSED if transposed else CONVOLUTIONS
+    check_count(in_channels, "in_channels", None, "channels of the input")
+    check_count(out_channels, "out_channels", None, "channels of the output")
+    sizes = tuple(kernel_size) if isinstance(kernel_size, (tuple, list)) else (kernel_size,) * axes
+    if len(sizes) != axes:
+        raise ValueError(f"kernel_size must be {_SIZES[axes]}, got {describe(kernel_size)}.")
+    for size in sizes:
+        check_count(size, "kernel_size", None, "the size of the kernel on each axis")
+    groups = check_count(geometry.get("groups", 1), "groups", None, "the number of groups")
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must divide in_channels and out_channels, got groups={groups} for {in_channels} and "
+            f"{out_channels}."
+        )
+    modes = ("zeros",) if transposed else get_args(PaddingMode)
+    check_choice(geometry.get("padding_mode", "zeros"), "padding_mode", modes)
+    if isinstance(geometry.get("padding"), str):
+        check_choice(geometry["padding"], "padding by name", ("same", "valid"))
     dense: Convolution | Transposed = classes[axes](
         in_channels, out_channels, kernel_size, **geometry, bias=False, device="meta"
     )
-    if len(dense.kernel_size) != axes:
-        raise ValueError(f"kernel_size must be {_SIZES[axes]}, got {describe(kernel_size)}.")
     return dense
 
 

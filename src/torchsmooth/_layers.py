@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._checks import check_initialised
+from ._checks import check_initialised, with_article
 from ._lowrank_layer import LowRankLayer, way_to_factor, why_not_plain
 from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
@@ -236,7 +236,7 @@ def find_layers(model: nn.Module, known: Known | None = None) -> list[FoundLayer
         way = "to_dense() of the layer" if isinstance(model, LowRankLayer) else ""
         way = f"{way_to_factor(type(model))}(layer, rank)" if type(model) in KINDS else way
         raise ValueError(
-            f"the model is itself a {name}, with no parent in which it could be replaced: "
+            f"the model is itself {with_article(name)}, with no parent in which it could be replaced: "
             f"{f'use {way}, or ' if way else ''}wrap it in a torch.nn.Sequential."
         )
     sharing = Sharing(model)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ._checks import describe, quoted
+from ._checks import describe, kind_of_tensor, quoted
 from ._lowrank_layer import STATE_HOOKS, LowRankLayer
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def why_not_expandable(
         if parameter is None:
             return f"{name} is not a plain parameter (pruned or weight-normed; remove that first)"
         if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
-            return f"{name} is a {type(parameter).__name__} of layout {parameter.layout}"
+            return f"{name} is {kind_of_tensor(parameter)}"
         if tuple(parameter.shape) != shape:
             return f"{name} is of shape {tuple(parameter.shape)}, but the layer's attributes say {shape}"
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
@@ -104,7 +104,7 @@ def dense_parts(
         way = "restore_dense_ the model first" if isinstance(child, LowRankLayer) else "put a torch.nn.Linear there"
         if type(child) not in DENSE_LINEAR:
             raise ValueError(
-                f"child {name!r} of this {name_of_owner} is {describe(child)}, expected a torch.nn.Linear: {way}."
+                f"child {name!r} of this {name_of_owner} must be a torch.nn.Linear, got {describe(child)}: {way}."
             )
         weight, bias = child._parameters.get("weight"), child._parameters.get("bias")
         if type(weight) is not nn.Parameter or "bias" not in child._parameters:

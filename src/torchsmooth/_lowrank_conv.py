@@ -42,7 +42,7 @@ class ConvolutionInTwo(TwoFactorLayer, HasGeometry):
     def _from_dense(cls: type[_Layer], conv: Any, rank: int, scheme: Scheme, form: Form) -> _Layer:  # noqa: PYI019
         """Factor a convolution by truncated SVD, each group on its own."""
         layer = cls.like(conv, rank, scheme, form)
-        check_values(conv.weight, type(conv).__name__)
+        check_values(conv.weight, conv)
         layer.truncate_(conv.weight)
         return layer
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, quoted
+from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, is_quantised, kind_of_tensor, quoted
+from ._given_factors import checked_copies
 from ._linalg import balanced, truncated_factors, working_copy
 from ._matricise import FORMS
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
-from ._quantised import dequantised, is_quantised
+from ._quantised import dequantised
 from ._whitening import first_factor, second_factor
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class TwoFactorLayer(LowRankLayer):
             down: ``(groups, rank, columns)``, any floating dtype, finite.
 
         Raises:
+            TypeError: if one is not a tensor of a floating dtype.
             ValueError: if a shape is not that, a value NaN or infinite, or a factor no plain parameter any more.
 
         Example:
@@ -195,11 +197,8 @@ class TwoFactorLayer(LowRankLayer):
         """
         check_writable(self, "filled")
         layout = self.matricisation
-        shapes = (layout.groups, layout.rows, self.rank), (layout.groups, self.rank, layout.columns)
-        if (tuple(up.shape), tuple(down.shape)) != shapes:
-            came = f"{tuple(up.shape)} and {tuple(down.shape)}"
-            raise ValueError(f"expected factors of shapes {shapes[0]} and {shapes[1]}, got {came}.")
-        up, down = finite_copies(up, down)
+        shapes = {"up": (layout.groups, layout.rows, self.rank), "down": (layout.groups, self.rank, layout.columns)}
+        up, down = checked_copies({"up": up, "down": down}, shapes)
         if self.form == "factored":
             up, down = balanced(up, down)
         else:
@@ -236,14 +235,6 @@ class TwoFactorLayer(LowRankLayer):
         return ordered
 
 
-def finite_copies(*factors: Tensor) -> list[Tensor]:
-    """Return factors in float64, or refuse values that are not finite."""
-    copies = [working_copy(one) for one in factors]
-    if not all(bool(one.isfinite().all()) for one in copies):
-        raise ValueError("expected finite factors, got NaN or infinite values.")
-    return copies
-
-
 def multiply_out(layer: LowRankLayer) -> Tensor:
     """Return the weight that a low-rank layer stands for, in float32 or better."""
     with torch.autocast(layer._factor("up").device.type, enabled=False):
@@ -264,7 +255,7 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
     if weight is None:
         return "weight is not a plain parameter (pruned or weight-normed; remove that first)"
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
-        return f"weight is a {type(weight).__name__} of layout {weight.layout}"
+        return f"weight is {kind_of_tensor(weight)}"
     if weight.dtype not in FLOAT_DTYPES:
         return f"weight is of {weight.dtype}"
     if weight.numel() == 0:
@@ -312,7 +303,9 @@ def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) ->
             "torch.nn.utils.prune.remove / parametrize.remove_parametrizations first."
         )
     if weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"the weight of this {name} is of {weight.dtype}; expected float64, 32, 16 or bfloat16.")
+        raise TypeError(
+            f"the weight of this {name} is of {weight.dtype}; expected float64, float32, bfloat16 or float16."
+        )
     reason = why_not_plain(module, shape_of(module))
     if reason:
         raise ValueError(f"this {name} cannot be factored: {reason}.")

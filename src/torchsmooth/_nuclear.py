@@ -105,6 +105,11 @@ def nuclear_norms(matrices: Tensor, method: PolarMethod) -> Tensor:
     """The nuclear norm of each matrix of a batch ``(batch, m, n)``, differentiable once."""
     if matrices.numel() == 0:
         return matrices.sum((-2, -1))
+    if matrices.is_meta and not torch.compiler.is_compiling():
+        raise ValueError(
+            "the nuclear norm needs a weight with values, but this one is on the meta device: load the weights first "
+            "(for instance model.to_empty(device=...), then load_state_dict)."
+        )
     # The matrix products inside must keep their precision under autocast.
     with torch.autocast(matrices.device.type, enabled=False):
         values: Tensor = _NuclearNorms.apply(matrices, method)[0]  # type: ignore[no-untyped-call]

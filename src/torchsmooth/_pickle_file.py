@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ._checks import quoted
+from ._checks import kind_of_tensor, quoted, with_article
 from ._sharing import span_of
 from ._tensor_entry import Entry
 
@@ -122,7 +122,9 @@ class PickleFile:
         content = self._content = self._load()
         name = repr(os.fspath(self.path))
         if not isinstance(content, Mapping):
-            raise ValueError(f"{name} holds a {type(content).__name__}: expected a state dict, model.state_dict().")
+            raise ValueError(
+                f"{name} holds {with_article(type(content).__name__)}: expected a state dict, model.state_dict()."
+            )
         nested = [key for key in _NESTED if isinstance(content.get(key), Mapping) and _holds_tensors(content[key])]
         if not nested and not any(isinstance(value, Tensor) for value in content.values()):
             raise ValueError(
@@ -139,7 +141,7 @@ class PickleFile:
 def _entry_of(tensor: Tensor) -> Entry:
     problem = ""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
-        problem = f"weight is a {type(tensor).__name__} of layout {tensor.layout}"
+        problem = f"weight is {kind_of_tensor(tensor)}"
     elif tensor.is_meta:
         problem = "weight is on the meta device and has no values"
     size = tensor.numel() * tensor.element_size()

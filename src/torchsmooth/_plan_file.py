@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import torch
 
 from ._budget import Frontier
+from ._checks import describe
 from ._matricise import FORMS, distinct_schemes, matricise
 from ._prices import MacPrices, ParameterPrices, Positions, TimePrices, Work
 from ._targets import TARGETS
@@ -112,11 +113,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def from_text(text: str) -> dict[str, Any]:
     """Read the fields of a plan."""
     if not isinstance(text, str):
-        raise TypeError(f"expected the text of a plan, got {type(text).__name__}.")
+        raise TypeError(f"text must be a string that to_json wrote, got {describe(text)}.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): expected what CompressionPlan.save or to_json wrote.") from error
+        way = "" if "{" in text else " (CompressionPlan.load reads a file)"
+        raise ValueError(f"not JSON ({error}): expected what CompressionPlan.save or to_json wrote{way}.") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"not a plan: expected an object with the field 'format' of {_FORMAT!r}, as CompressionPlan.save writes it."
@@ -155,7 +157,7 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
     known = _layouts(shape, groups, transposed=fields.flag("transposed"))
     for name in errors.content:
         if name not in known:
-            _refuse(f"{errors.where}{name}", f"a scheme of a weight of shape {shape} with {groups} groups", name)
+            _refuse(f"{errors.where}{name}", f"a scheme of a weight of shape {shape} with groups={groups}", name)
         scheme: LayerScheme = next(one for one in known if one == name)
         layout = known[scheme]
         values = _pair_errors(errors, layout) if isinstance(layout, TuckerLayout) else _errors(errors, scheme, layout)

@@ -136,11 +136,12 @@ class Planner:
             f"{total:,} {words.unit} are left"
         )
         if terms.target == "params":
-            dense = sorted((one for one in layers if not one.options), key=lambda one: -one.parameters_before)
-            text += f" ({sum(one.parameters_before for one in dense):,} of them in layers that stay dense"
-            if dense:
-                text += f", above all {dense[0].name or 'the model itself'!r}: {dense[0].reason}"
-            text += "; the rest in factors, biases and norms)"
+            dense = max((one for one in layers if not one.options), key=lambda one: one.parameters_before, default=None)
+            if dense is not None:  # of tied weights each layer counts all, so that a sum could be more than there are
+                text += (
+                    f". The largest of the layers that stay dense is {dense.name or 'the model itself'!r}, with "
+                    f"{dense.parameters_before:,}: {dense.reason}"
+                )
         elif terms.target == "latency":
             text = (
                 f"ratio {ratio} cannot be reached: with the fastest choice in every layer, {least / 1e6:.3g} of "
@@ -158,13 +159,17 @@ class Planner:
     def _nothing_to_compress(self, layers: list[LayerPlan]) -> str:
         kind, left_out = self.subject.kind, sum(one.reason == FILTERED for one in layers)
         if left_out:
+            which = f"all {left_out} layers"
+            if left_out < len(layers):
+                which = f"{left_out} of {len(layers)} layers, and the others have to stay dense"
             return (
-                f"nothing to compress in this {kind}: filter_fn left out {left_out} layers and the others "
-                f"have to stay dense. {self.subject.filter_call} returns True for a layer to compress."
+                f"nothing to compress in this {kind}: filter_fn left out {which}. {self.subject.filter_call} returns "
+                "True for a layer to compress."
             )
         reasons = [f"{one.name or '(the model)'}: {one.reason or self._none_cheaper()}" for one in layers]
         listed = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")  # noqa: PLR2004
         found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"
+        found = f"its only layer cannot be made smaller ({listed})" if len(layers) == 1 else found
         return (
             f"nothing to compress in this {kind}: {found}. "
             "Linear layers, convolutions and embeddings with more than a few channels can be."

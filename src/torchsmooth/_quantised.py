@@ -6,14 +6,12 @@ subclass of Tensor. Such a factor can be read, not written. Known by what it can
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-__all__ = ["dequantised", "is_quantised"]
+from ._checks import is_quantised
 
-
-def is_quantised(tensor: object) -> bool:
-    """Tell whether a tensor is of a type that has its own way back to floating values."""
-    return isinstance(tensor, Tensor) and type(tensor).dequantize is not Tensor.dequantize
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def dequantised(tensor: Tensor) -> Tensor:

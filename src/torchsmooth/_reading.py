@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._checks import FLOAT_DTYPES, describe
+from ._checks import FLOAT_DTYPES, describe, is_quantised, kind_of_tensor
 from ._registered import _CONVOLUTIONS, _TRANSPOSED, LAYERS, name_of
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def check_weight(weight: Tensor, what: str) -> None:
     """Refuse a tensor that is not the whole weight of a layer with channels."""
     if nn.parameter.is_lazy(weight):
         raise ValueError(f"{what} is not initialised yet (a lazy module): run one batch through the model first.")
+    if is_quantised(weight):
+        raise ValueError(f"{what} must be a plain tensor, got one that is {kind_of_tensor(weight)}: leave it out.")
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{what} must be of float64, float32, bfloat16 or float16, got {weight.dtype}: leave it out.")
     if weight.dim() < 2:  # noqa: PLR2004 - the two channel axes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import describe
+from ._checks import describe, with_article
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,12 @@ class Inputs(NamedTuple):
 
     def run(self, model: nn.Module) -> Any:
         """Call a model with them."""
-        return model(*self.args, **self.kwargs)
+        try:
+            return model(*self.args, **self.kwargs)
+        except Exception as error:
+            given = [*map(outline, self.args), *(f"{name}: {outline(one)}" for name, one in self.kwargs.items())]
+            note(error, f"calling the model with example_inputs: {', '.join(given)}")
+            raise
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -38,6 +43,22 @@ def as_inputs(example_inputs: Any) -> Inputs:
         "example_inputs must be a tensor, a tuple of positional arguments, or a dict of keyword arguments; "
         f"got {describe(example_inputs)}."
     )
+
+
+def note(error: Exception, doing: str) -> None:
+    """Add to an error of the user's own code what the library was doing; its type and message stay.
+
+    Python 3.10 has no notes on errors: there it stays quite as it is.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(f"torchsmooth was {doing}.")
+
+
+def outline(value: Any) -> str:
+    """Say what a model was called with."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} in {value.dtype} on {value.device}"
+    return with_article(type(value).__name__)
 
 
 @contextmanager

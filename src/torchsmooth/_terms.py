@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ._checks import check_choice, check_count, check_open_unit, describe
+from ._checks import check_choice, check_count, check_open_unit, describe, quoted
 from ._layers import SCHEME_OPTIONS
 from ._matricise import FORMS
 from ._targets import TARGETS, WORDS, Target
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Allocation = Literal["budget", "uniform"]
 SchemeOption = Literal["auto", "channel", "input", "spatial", "tucker"]
 FormOption = Literal["auto", "factored", "pivoted"]
+
+# No weight has a larger rank, and multiples of more would pass the range of int64.
+_MOST = 2**31 - 1
 
 _FORMS: dict[str, tuple[Form, ...]] = {"auto": FORMS, "factored": ("factored",), "pivoted": ("pivoted",)}
 
@@ -55,7 +58,7 @@ def checked_terms(
     check_choice(form, "form", get_args(FormOption))
     check_choice(allocation, "allocation", get_args(Allocation))
     check_choice(target, "target", TARGETS)
-    multiple = check_count(rank_multiple, "rank_multiple", 2**31 - 1, "ranks are multiples of it")
+    multiple = min(check_count(rank_multiple, "rank_multiple", None, "ranks are multiples of it"), _MOST)
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"progress must be True, False or None, got {describe(progress)}.")
     return Terms(schemes, form, allocation, target, multiple, progress)
@@ -87,6 +90,8 @@ def checked_ratio(ratio: object, name: str, target: Target) -> float:
 def _listed(scheme: Any) -> tuple[Any, ...]:
     if isinstance(scheme, (list, tuple)):
         if not scheme:
-            raise ValueError(f"scheme is an empty {type(scheme).__name__}: name at least one of {SCHEME_OPTIONS}.")
+            raise ValueError(
+                f"scheme is an empty {type(scheme).__name__}: name at least one of {quoted(SCHEME_OPTIONS)}."
+            )
         return tuple(scheme)
     raise TypeError(f"scheme must be a name or a sequence of names, got {describe(scheme)}.")

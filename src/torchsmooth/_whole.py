@@ -1,7 +1,8 @@
-"""Refusing models that a wrapper of torch.distributed holds by their parameters, or of which this is but a part."""
+"""Refusing models that others hold by their parameters, of which this is but a part, or that are no modules inside."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 # Recognised by name: importing them takes long, and not every build of torch has them.
@@ -15,17 +16,24 @@ _WAY = (
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse a model that is sharded, or wrapped such that replaced parameters would go unnoticed.
+    """Refuse a model that is sharded, compiled to TorchScript, or wrapped such that new parameters go unnoticed.
 
     Raises:
         ValueError: naming the layer, and what to do.
     """
     sharded = ""
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{repr(name) if name else 'the model'} is a program of TorchScript ({type(module).__name__}), in "
+                "which no layer can be replaced: compress the model that it was made of, and use torch.jit.trace, "
+                "torch.export or torch.compile afterwards."
+            )
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                f"{name or 'the model'} is wrapped in DistributedDataParallel, which would go on reducing the old "
-                "parameters: compress the module inside (.module), and wrap that anew if training goes on."
+                f"{repr(name) if name else 'the model'} is wrapped in DistributedDataParallel, which would go on "
+                "reducing the old parameters: compress the module inside (.module), and wrap that anew if training "
+                "goes on."
             )
         for own_name, parameter in module._parameters.items():
             if parameter is not None and hasattr(parameter, "full_tensor"):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ._accumulate import Gradients
-from ._checks import check_count, check_module, check_real, describe
+from ._checks import check_count, check_function, check_module, check_real, describe, quoted
 from ._registered import Registered, naming, registered_in, together, unwrapped, uses_in
 from ._sharded import sharded_for
 from .adaptive import Adaptation, AdaptivePenalty
 from .penalties import added
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from torch.optim import Optimizer
 
@@ -77,8 +77,8 @@ def attach_(
     optimizer = _stepping(optimizer)
     check_module(model)
     every = check_count(every, "every", None, "optimizer steps from one evaluation to the next")
-    if schedule is not None and not callable(schedule):
-        raise TypeError(f"schedule must be a function of the step, got {describe(schedule)}.")
+    if schedule is not None:
+        check_function(schedule, "schedule", "the step", 1)
     attached: dict[int, PenaltyHandle] = optimizer.__dict__.get(_HANDLES, {})
     penalised = {use.module for use, _ in uses_in(model)}
     if any(use.module in penalised for other in attached.values() for use, _ in uses_in(other.model)):
@@ -102,6 +102,10 @@ def _stepping(optimizer: Optimizer) -> Optimizer:
         f"this {type(optimizer).__name__} has no step hooks, and no attribute 'optimizer' that has: attach the "
         "torch.optim.Optimizer that takes its steps."
     )
+
+
+def _listed(penalties: Collection[str]) -> str:
+    return f"the adaptive penalties {'; '.join(sorted(penalties))}" if penalties else "no adaptive penalties"
 
 
 class PenaltyHandle:
@@ -155,7 +159,8 @@ class PenaltyHandle:
             ValueError: if none is.
         """
         if penalty not in self._adaptations:
-            raise ValueError(f"{penalty} is not among the adaptive penalties here: {[*self._adaptations]}.")
+            known = _listed([repr(one) for one in self._adaptations])
+            raise ValueError(f"{penalty} is not among the adaptive penalties of this handle: it has {known}.")
         return self._adaptations[penalty]
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,10 +184,13 @@ class PenaltyHandle:
         parts = given if isinstance(given, Mapping) else {}
         step, adaptive = parts.get("step"), parts.get("adaptive")
         if not isinstance(step, int) or not isinstance(adaptive, Mapping) or adaptive.keys() != mine.keys():
-            got = f"one with {sorted(adaptive)}" if isinstance(adaptive, Mapping) else describe(state)
+            got = f"that of one with {_listed(adaptive)}" if isinstance(adaptive, Mapping) else describe(state)
+            got += (
+                f" of {quoted([str(key) for key in parts]) or 'nothing'}" if parts and "adaptive" not in parts else ""
+            )
             raise ValueError(
-                "the state does not belong to this handle: expected that of a handle with the adaptive penalties "
-                f"{sorted(mine)}, got {got}."
+                f"the state does not belong to this handle: expected what state_dict() of a handle with "
+                f"{_listed(mine)} returns, got {got}."
             )
         try:
             for key, one in mine.items():

@@ -14,6 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ._attend import attend, check_attention_inputs, renested, unnested
+from ._checks import check_count, with_article
 from ._linear_parts import (
     DENSE_LINEAR,
     check_exact_type,
@@ -65,8 +66,8 @@ class LowRankMultiheadAttention(nn.Module):
         Parameters ``bias_k`` and ``bias_v``: ``(1, 1, embed_dim)`` or None.
 
     Raises:
-        ValueError: if a size is not positive.
-        AssertionError: if ``embed_dim`` is not a multiple of ``num_heads``. (Both as torch has them.)
+        TypeError: if ``embed_dim`` or ``num_heads`` is not an integer.
+        ValueError: if one of them is not positive, or the first not a multiple of the second.
 
     Example:
         >>> import torch, torchsmooth
@@ -108,6 +109,10 @@ class LowRankMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_count(num_heads, "num_heads", None, "the number of heads")
+        check_count(embed_dim, "embed_dim", None, "the features of the output")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}.")
         dense = nn.MultiheadAttention(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -272,7 +277,7 @@ def why_attention_stays(attention: nn.MultiheadAttention) -> str:
     """Say why an ``nn.MultiheadAttention`` cannot be taken apart; empty if it can."""
     out_proj = attention._modules.get("out_proj")
     if type(out_proj) not in DENSE_LINEAR:
-        return f"its out_proj is a {type(out_proj).__name__}"
+        return f"its out_proj is {with_article(type(out_proj).__name__)}"
     embed_dim = attention.embed_dim
     reason = why_not_plain(out_proj, (embed_dim, embed_dim))  # type: ignore[arg-type]
     if reason:

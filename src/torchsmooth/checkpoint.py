@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ._backup import Backup
-from ._checks import check_initialised, check_module, describe, quoted
+from ._checks import check_initialised, check_module, describe, is_quantised, quoted, with_article
 from ._expansion import expanded_
 from ._layers import KINDS, LayerKind, find_layers, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Form, Matricisation
-from ._quantised import is_quantised
 from ._swap import swap_, take_over_
 from ._tensor_source import Checkpoint
 from ._tucker_layout import Layout, TuckerLayout
@@ -117,8 +116,8 @@ def _replacements(model: nn.Module, state_dict: Mapping[str, Any], expansion: Ex
         if {"down.weight", "up.weight"} & state_dict.keys():
             kind_name = "TuckerConv2d" if "core.weight" in state_dict else f"LowRank{type(model).__name__}"
             raise ValueError(
-                f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: build "
-                f"the low-rank layer with {kind_name}.like and call its load_state_dict."
+                f"the model is itself {with_article(type(model).__name__)}, with no parent in which it could be "
+                f"replaced: build the low-rank layer with {kind_name}.like and call its load_state_dict."
             )
         return {}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -128,7 +127,7 @@ def _replacements(model: nn.Module, state_dict: Mapping[str, Any], expansion: Ex
             if found.reason:
                 raise ValueError(
                     f"layer {found.name!r} is low-rank in the state dict, but has to stay dense in this model: "
-                    f"{found.reason}."
+                    f"{found.reason}. Build the model as the one that was compressed."
                 )
             with torch.inference_mode(mode=False):
                 low_rank = _structure(found.name, found.module, kind, state_dict)
@@ -139,7 +138,8 @@ def _replacements(model: nn.Module, state_dict: Mapping[str, Any], expansion: Ex
 
 def _check_state_dict(state_dict: object) -> None:
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a mapping from names to tensors, got {describe(state_dict)}.")
+        way = ": pass its state_dict()" if isinstance(state_dict, nn.Module) else ""
+        raise TypeError(f"state_dict must be a mapping from names to tensors, got {describe(state_dict)}{way}.")
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise TypeError(f"state_dict must have strings for keys, got {describe(key)}.")
@@ -147,7 +147,9 @@ def _check_state_dict(state_dict: object) -> None:
             continue
         if isinstance(value, Mapping) or key.endswith((".weight", ".bias")):  # the rest is for torch to judge
             nested = " (a whole checkpoint? pass that entry of it)" if isinstance(value, Mapping) else ""
-            raise TypeError(f"state_dict must hold tensors, but {key!r} is a {type(value).__name__}{nested}.")
+            raise TypeError(
+                f"state_dict must hold tensors, but {key!r} is {with_article(type(value).__name__)}{nested}."
+            )
 
 
 def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mapping[str, Any]) -> LowRankLayer:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ._alike import prepared_
-from ._checks import check_module
+from ._checks import check_module, with_article
 from ._expansion import collapse_
 from ._lowrank_layer import LowRankLayer
 from ._ranks import team_of
@@ -172,7 +172,8 @@ def restore_dense_(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: if the model is itself a low-rank layer, with no parent to put the merged one in.
+        ValueError: if the model is itself a low-rank layer, with no parent to put the merged one in, or a layer cannot
+            be merged; it is named.
 
     Example:
         >>> import torch, torchsmooth
@@ -184,15 +185,18 @@ def restore_dense_(model: nn.Module) -> nn.Module:
     check_module(model)
     if isinstance(model, LowRankLayer):
         raise ValueError(
-            f"the model is itself a {type(model).__name__}, with no parent in which it could be replaced: "
+            f"the model is itself {with_article(type(model).__name__)}, with no parent in which it could be replaced: "
             "call its to_dense()."
         )
     low_rank = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer)]
     expanded = [(name, module) for name, module in model.named_modules() if SOURCE in vars(module)]
     Sharing(model).check_replaceable([*low_rank, *expanded])
     replacements: dict[nn.Module, nn.Module] = {}
-    for _, module in low_rank:
-        dense = module.to_dense()
+    for name, module in low_rank:
+        try:
+            dense = module.to_dense()
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         take_over_(dense, module)
         replacements[module] = dense
     with ExitStack() as undo:

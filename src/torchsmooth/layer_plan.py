@@ -236,6 +236,8 @@ class LayerPlan:
             ValueError: if the scheme, the form or the rank is not among those, or the layer cannot be compressed.
         """
         check_choice(scheme, f"scheme of layer {self.name!r}", tuple(self._require_options()))
+        if form == "dense":  # type: ignore[comparison-overlap]
+            raise ValueError(f"form of layer {self.name!r} cannot be set to 'dense': keep_dense() leaves it whole.")
         check_choice(form, f"form of layer {self.name!r}", FORMS)
         rank = self.options[scheme].matricisation.checked(rank, f"rank of layer {self.name!r}", scheme, form)
         self._choice, self.reason = Choice(scheme, form, rank), ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ._checks import describe
+from ._checks import check_function, describe
 from .attention import LowRankMultiheadAttention
 from .recurrent import LowRankGRU, LowRankLSTM, LowRankRNN
 from .recurrent_cells import LowRankGRUCell, LowRankLSTMCell, LowRankRNNCell
@@ -85,7 +85,8 @@ def register_layer(
         Nothing.
 
     Raises:
-        TypeError: if ``layer_type`` is not a class of modules, or one of the functions cannot be called.
+        TypeError: if ``layer_type`` is not a class of modules, or one of the functions cannot be called with a
+            layer.
         ValueError: if ``layer_type`` is a plain layer itself.
 
     Example:
@@ -117,8 +118,8 @@ def register_layer(
     if not isinstance(given, type) or not issubclass(given, nn.Module):
         raise TypeError(f"layer_type must be a class of torch.nn.Module, got {describe(layer_type)}.")
     for name, function in (("expand", expand), ("collapse", collapse)):
-        if not callable(function) and not (name == "collapse" and function is None):
-            raise TypeError(f"{name} must be a function of a layer, got {describe(function)}.")
+        if name == "expand" or function is not None:
+            check_function(function, name, "a layer", 1)
     if layer_type in PLAIN:
         raise ValueError(f"layer_type must not be a plain layer, got {layer_type.__name__}: it is known already.")
     _TYPES[layer_type] = LayerType(expand, collapse)

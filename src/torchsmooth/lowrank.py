@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ._checks import check_values
+from ._checks import check_count, check_values
 from ._lowrank_layer import TwoFactorLayer, check_rank, check_source, inherit, merged, uninitialised
 from ._matricise import matricise
 from ._pivoted_modules import ChannelMerge
@@ -75,6 +75,8 @@ class LowRankLinear(TwoFactorLayer):
         form: Form = "factored",
     ) -> None:
         super().__init__()
+        check_count(in_features, "in_features", None, "features of the input")
+        check_count(out_features, "out_features", None, "features of the output")
         self.in_features, self.out_features = in_features, out_features
         self.matricisation = matricise((out_features, in_features), "channel")
         self.rank = rank = check_rank(rank, self.matricisation, form, "the full rank")
@@ -104,7 +106,7 @@ class LowRankLinear(TwoFactorLayer):
             ValueError: if the rank is out of range, the form unknown, or the weight not a plain, finite parameter.
         """
         layer = cls.like(linear, rank, form)
-        check_values(linear.weight, type(linear).__name__)
+        check_values(linear.weight, linear)
         layer.truncate_(linear.weight)
         return layer
 

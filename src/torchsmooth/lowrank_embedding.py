@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_values, describe
+from ._checks import check_count, check_values, describe
 from ._lowrank_layer import TwoFactorLayer, check_rank, check_source, inherit, merged, uninitialised
 from ._matricise import matricise
 from ._pivoted_modules import ChannelMerge
@@ -79,6 +79,8 @@ class LowRankEmbedding(TwoFactorLayer):
         form: Form = "factored",
     ) -> None:
         super().__init__()
+        check_count(num_embeddings, "num_embeddings", None, "rows of the table")
+        check_count(embedding_dim, "embedding_dim", None, "the size of each vector")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.matricisation = matricise((num_embeddings, embedding_dim), "channel", transposed=True)
         self.rank = rank = check_rank(rank, self.matricisation, form, "the full rank")
@@ -128,7 +130,7 @@ class LowRankEmbedding(TwoFactorLayer):
                 finite parameter.
         """
         layer = cls.like(embedding, rank, form)
-        check_values(embedding.weight, type(embedding).__name__)
+        check_values(embedding.weight, embedding)
         layer.truncate_(embedding.weight)
         return layer
 

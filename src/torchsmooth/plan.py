@@ -13,7 +13,7 @@ from . import _plan_file
 from ._apply import Replacements, placed_, replacements_for
 from ._atomic_file import write_text
 from ._calibration import Calibration
-from ._checks import check_module, quoted
+from ._checks import check_module, describe, quoted
 from ._expansion import expanded_
 from ._latency import compare_times
 from ._layers import count_parameters
@@ -250,7 +250,7 @@ class CompressionPlan:
             True
         """
         if not isinstance(other, CompressionPlan):
-            raise TypeError(f"other must be a CompressionPlan, got {type(other).__name__}.")
+            raise TypeError(f"other must be a CompressionPlan, got {describe(other)}.")
         if self == other:
             return f"The plans choose the same for all {len(self)} layers."
         here, there = ({layer.name: layer for layer in plan} for plan in (self, other))

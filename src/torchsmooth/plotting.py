@@ -54,9 +54,11 @@ def _finished(figure: Figure, path: str | PathLike[str] | None) -> Figure:
 def check_mapping(value: object, name: str, to: str) -> None:
     """Refuse what does not map names to what is drawn under them."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping from names to {to}, got {describe(value)}.")
+        raise TypeError(
+            f"{name} must be a mapping from names to {to}, such as {{'plain': ...}}, got {describe(value)}."
+        )
     if not value:
-        raise ValueError(f"{name} must hold at least one of {to}, got an empty mapping.")
+        raise ValueError(f"{name} must be a mapping from names to {to}, such as {{'plain': ...}}, got an empty one.")
     for key in value:
         if not isinstance(key, str):
             raise TypeError(f"the names in {name} must be strings, got {describe(key)}.")

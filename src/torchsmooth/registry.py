@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, quoted
+from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, is_quantised, quoted
 from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of, unwrapped
 from .penalties import Penalty
 
@@ -29,9 +29,13 @@ def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "")
     if not isinstance(tensor, Tensor):
         there = quoted([name for name, _ in module.named_parameters(recurse=False)]) or "no parameters of its own"
         what = "does not exist" if tensor is None else f"is {describe(tensor)}, not a tensor"
-        raise ValueError(f"{label} {what}: it has {there}.")
+        inside = any(isinstance(one, LAYERS) for one in module.modules() if one is not module)
+        way = " Pass the layer that has it, or call smooth_(model, penalty) for all layers." if inside else ""
+        raise ValueError(f"{label} {what}: it has {there}.{way}")
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{label} is not initialised yet: run one batch through the module first.")
+    if is_quantised(tensor):
+        raise ValueError(f"{label} is quantised ({type(tensor).__name__}): penalties are for training, so before that.")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{label} is of {tensor.dtype}; a penalty needs float64, float32, bfloat16 or float16.")
     if tensor.dim() < 2:  # noqa: PLR2004 - the two channel axes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from ._checks import quoted
 from ._table import format_milliseconds, format_rank, format_shape, format_share, format_table
 
 __all__ = ["CompressionReport", "LayerReport"]
@@ -157,7 +158,7 @@ class CompressionReport:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no layer {name!r} in this report.")
+        raise KeyError(f"no layer {name!r} in this report; it has {quoted([one.name for one in self.layers])}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dictionaries, lists and numbers, ready for JSON."""

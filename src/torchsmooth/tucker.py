@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ._checks import check_choice, check_values
 from ._geometry import HasGeometry, geometry_of, spelled_out
+from ._given_factors import checked_copies
 from ._linalg import eigen
-from ._lowrank_layer import LowRankLayer, check_source, check_writable, finite_copies, inherit, merged, uninitialised
+from ._lowrank_layer import LowRankLayer, check_source, check_writable, inherit, merged, uninitialised
 from ._matricise import FORMS, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, Ordered
 from ._pivoting import pivoted_rows, with_identity
@@ -112,7 +113,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
         if layout is None:
             raise ValueError(
                 "scheme 'tucker' needs a kernel larger than 1×1 and at least two input and output channels in each "
-                f"group, got a weight of shape {tuple(dense.weight.shape)} with {groups} groups: use LowRankConv2d."
+                f"group, got a weight of shape {tuple(dense.weight.shape)} with groups={groups}: use LowRankConv2d."
             )
         self._take_geometry_(dense)
         self.layout, self.form = layout, form
@@ -160,7 +161,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             ValueError: if a rank is out of range, the form unknown, or the weight no plain, finite parameter.
         """
         layer = cls.like(conv, rank, form)
-        check_values(conv.weight, type(conv).__name__)
+        check_values(conv.weight, conv)
         layer.truncate_(conv.weight)
         return layer
 
@@ -215,19 +216,17 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             down: ``(groups, r_in, in)``, any floating dtype, finite.
 
         Raises:
+            TypeError: if one is not a tensor of a floating dtype.
             ValueError: if a shape is not that, a value NaN or infinite, or a factor no plain parameter any more.
         """
         check_writable(self, "filled")
         layout, (r_in, r_out) = self.layout, self.rank
-        shapes = [
-            (layout.groups, layout.out_channels, r_out),
-            (layout.groups, r_out, r_in, layout.positions),
-            (layout.groups, r_in, layout.in_channels),
-        ]
-        if [tuple(one.shape) for one in (up, core, down)] != shapes:
-            came = [tuple(one.shape) for one in (up, core, down)]
-            raise ValueError(f"expected factors of shapes {shapes}, got {came}.")
-        up, core, down = finite_copies(up, core, down)
+        shapes = {
+            "up": (layout.groups, layout.out_channels, r_out),
+            "core": (layout.groups, r_out, r_in, layout.positions),
+            "down": (layout.groups, r_in, layout.in_channels),
+        }
+        up, core, down = checked_copies({"up": up, "core": core, "down": down}, shapes)
         if self.form == "factored":
             up, core, down = tucker_balanced(up, core, down)
         else:
