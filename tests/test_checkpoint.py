@@ -349,7 +349,6 @@ BAD_STATES = {
     ),
     "not_tensors": (lambda: {"0.weight": [1.0]}, TypeError, "must hold tensors, but '0.weight' is a list"),
     "not_a_mapping": (lambda: [torch.zeros(3)], TypeError, "must be a mapping from names to tensors"),
-    "path": (lambda: "small.pt", TypeError, "must be a mapping from names to tensors, got str 'small.pt'"),
     "keys": (lambda: {3: torch.zeros(3)}, TypeError, "must have strings for keys, got int 3"),
 }
 

@@ -373,8 +373,12 @@ def test_calibration_fits_the_output_better():
     assert relative(fitted(batches[0]), expected) < relative(plain(batches[0]), expected)
 
 
-def test_a_low_rank_model_says_what_it_is():
+def test_a_layer_in_three_is_compressed_further():
     model = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3))
-    model[0] = TuckerConv2d.from_conv2d(model[0], (3, 4))
-    report = torchsmooth.svd_compress_(model, 0.3)
-    assert "already low-rank (rank 3×4)" in report["0"].reason
+    model[0] = TuckerConv2d.from_conv2d(model[0], (5, 6))
+    stored = sum(one.weight.numel() for one in model[0].children())
+    plan = torchsmooth.plan_compression(model, 0.3, target="macs", example_inputs=torch.zeros(1, 8, 7, 7))
+    assert plan["0"].reason.startswith("already low-rank (rank 5×6)")
+    report = torchsmooth.svd_compress_(model, 0.5)
+    assert (report["0"].type, report["0"].parameters_before) == ("TuckerConv2d", stored)
+    assert report["0"].parameters_after < stored

@@ -55,10 +55,13 @@ def each_rank_does_about_half_of_the_decompositions():
     decomposed, truncated = [], []
     options_of, truncate = torchsmooth._workpiece.options_of, torchsmooth._apply._truncate_
     model = mlp(0, (32,) * 9)
+
+    def noted(found, *args, **kwargs):
+        decomposed.append(found.name)
+        return options_of(found, *args, **kwargs)
+
     with (
-        patch(
-            "torchsmooth._workpiece.options_of", lambda *args: (decomposed.append(args[0].name), options_of(*args))[1]
-        ),
+        patch("torchsmooth._workpiece.options_of", noted),
         patch("torchsmooth._apply._truncate_", lambda *args: (truncated.append(args[1].name), truncate(*args))[1]),
         patch("torchsmooth._spectrum.decompose", lambda *args: calls.append(args) or decompose(*args)),
     ):
