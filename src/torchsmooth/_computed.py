@@ -44,18 +44,20 @@ def plain_copy(module: nn.Module) -> nn.Module:
         module: a module of which :func:`computing` says something.
 
     Raises:
-        ValueError: if what is computed is not a real tensor.
+        ValueError: if it cannot be computed, or is not a real tensor.
     """
-    computed = dict(_computed(module))
+    try:
+        computed = dict(_computed(module))
+    except RuntimeError as error:  # of torch, say because there are no kernels for this dtype or device
+        raise ValueError(f"{computing(module)}, but what is computed cannot be: {error}") from error
     kind = type_of(module)
     plain = kind.__new__(kind)
     hooks = _hooks(module)
     own = {name: value for name, value in vars(module).items() if name not in computed}
-    own["_forward_pre_hooks"] = type(module._forward_pre_hooks)(
-        (key, hook) for key, hook in module._forward_pre_hooks.items() if key not in hooks
-    )
-    for name in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
-        own[name] = type(own[name])((key, hook) for key, hook in own[name].items() if not _of_torch(hook))
+    for name in ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        kept = {key: hook for key, hook in own[name].items() if key not in hooks and not _of_torch(hook)}
+        if len(kept) < len(own[name]):  # otherwise it is the very dictionary, to which handles of the user's refer
+            own[name] = type(own[name])(kept)
     sources = {f"{name}{suffix}" for name in computed for suffix in ("_g", "_v", "_u", "_orig", "_mask")}
     sources = sources if hooks else set()
     plain.__dict__.update(own)
@@ -71,7 +73,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
         made[name] = nn.Parameter(own_memory, requires_grad=_trained(module, name))
     everything = made | rest
     first = [name for name in ("weight", "bias") if name in everything]
-    plain._parameters = {name: everything[name] for name in (*first, *(everything.keys() - set(first)))}
+    plain._parameters = {name: everything[name] for name in (*first, *(name for name in everything if name not in first))}
     return plain
 
 

@@ -21,10 +21,10 @@ from ._sharing import Sharing
 from ._swap import SOURCE, swap_, take_over_, take_over_hooks_
 from ._table import format_rank
 from ._whole import check_whole
-from .layer_types import layer_type, layer_type_called, name_of_type
+from .layer_types import layer_type, layer_type_called, layer_type_of, name_of_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import ExitStack
 
 
@@ -53,13 +53,15 @@ class Expansion:
 
     def put_in_(self, refusal: Callable[[nn.Module, str], str]) -> None:
         """Put expanded modules in the place of the originals; also of those inside what was expanded already."""
-        while True:
-            sharing = Sharing(self._model)
+        looking = True
+        while looking:
+            looking, sharing = False, Sharing(self._model)
             places, inside = [], set[nn.Module]()
             for name, module in self._model.named_modules():
                 # A bare root has no place, and what is inside of an original goes with it; perhaps in the next round.
                 if not name or module in inside or module in self.reasons or not _composite(module):
                     continue
+                looking = True
                 inside.update(module.modules())
                 reason = refusal(module, name)
                 if not reason:
@@ -72,8 +74,6 @@ class Expansion:
                     self.reasons[module] = reason
                 else:
                     places.append(_Place(module, expanded))
-            if not places:
-                return
             self._rounds.append(places)
             swap_(self._model, {one.original: one.expanded for one in places})
 
@@ -85,10 +85,6 @@ class Expansion:
         """
         expanded: nn.Module
         if isinstance(module, LowRankLayer):
-            for own_name, factor in module.named_parameters():
-                tied = sharing.of_weight(factor, f"{name}.{own_name}")
-                if tied:
-                    raise ValueError(tied)
             expanded, source = module.to_dense(), vars(module).get(SOURCE, "")
             take_over_(expanded, module)
         elif computing(module):
@@ -100,8 +96,9 @@ class Expansion:
                 raise ValueError(f"{type(module).__name__} is not supported")
             expanded, source = _checked(known.expand(module), module), name_of_type(type(module))
             _settle_flags_(expanded, module)
-            expanded.train(module.training)
+            _settle_modes_(expanded, module)
             take_over_hooks_(expanded, module)
+        _check_untied(name, module, expanded, sharing)
         if source:
             expanded.__dict__[SOURCE] = source
         if type(expanded) in KINDS:
@@ -123,19 +120,22 @@ class Expansion:
         for places in self._rounds:
             swap_(self._model, dict(places))
 
-    def keep_(self, used: Collection[nn.Module]) -> Callable[[], None]:
+    def keep_(self, used: Mapping[nn.Module, nn.Module]) -> Callable[[], None]:
         """Put back the originals of which nothing was used; what is kept gets memory of its own.
 
         Args:
-            used: low-rank layers that were put into the model.
+            used: layers, with the low-rank ones that were put in their places.
 
         Returns:
             What expands those originals again, should the rest fail.
         """
+        new = set(used.values())
         for places in reversed(self._rounds):
             unused = {}
             for original, expanded in places:
-                if not set(expanded.modules()).isdisjoint(used):
+                if expanded in used:  # of which a bias may be left
+                    _settle_memory_(used[expanded], original)
+                elif not new.isdisjoint(expanded.modules()):
                     _settle_memory_(expanded, original)
                 else:
                     unused[expanded] = original
@@ -201,7 +201,7 @@ def _composite(module: nn.Module) -> bool:
     if not computing(module):
         return False
     kind = type_of(module)
-    return kind in KINDS or layer_type(kind.__new__(kind)) is not None
+    return kind in KINDS or layer_type_of(kind) is not None
 
 
 def _check_whole(module: nn.Module) -> None:
@@ -227,10 +227,30 @@ def _checked(expanded: object, module: nn.Module) -> nn.Module:
         )
     if expanded is module:
         raise ValueError("the function registered for it returned the layer itself")
+    own = set(module.modules())
+    if any(type(one) is type(module) and one not in own for one in expanded.modules()):
+        raise ValueError(f"the function registered for it returned what has a {kind} inside again")
     before, after = (sum(one.numel() for one in each.parameters()) for each in (module, expanded))
     if before != after:
         raise ValueError(f"it has {before:,} parameters, but what it was expanded to has {after:,}")
     return expanded
+
+
+def _check_untied(name: str, module: nn.Module, expanded: nn.Module, sharing: Sharing) -> None:
+    """Refuse a layer that lends memory to another, or to itself, and would come apart from it."""
+    kept = set(expanded.parameters())
+    for own_name, parameter in module.named_parameters():
+        tied = "" if parameter in kept else sharing.of_weight(parameter, f"{name}.{own_name}", name)
+        if tied:
+            raise ValueError(tied.replace("weight", own_name, 1))
+
+
+def _settle_modes_(expanded: nn.Module, module: nn.Module) -> None:
+    """Put what is new into the mode of the original; children of that have their own."""
+    own = set(module.modules())
+    for one in expanded.modules():
+        if one not in own:
+            one.training = module.training
 
 
 def _settle_flags_(expanded: nn.Module, module: nn.Module) -> None:

@@ -309,7 +309,7 @@ class CompressionPlan:
             made = replacements_for(self.layers, model, expansion, calibration, team)
             measured = team.first(lambda: self._measured(model, made.layers, inputs, expansion))
             placed_(model, made, undo)
-            undo.callback(expansion.keep_(set(made.layers.values())))
+            undo.callback(expansion.keep_(made.layers))
             report = CompressionReport(
                 layers=tuple(_report(layer, made) for layer in self.layers),
                 parameters_before=expansion.parameters,
