@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ class PackedLinear(nn.Module):
 
 def _unpacked(layer: Packed) -> nn.Module:
     rows, outputs = layer.packed.shape
-    linear = nn.Linear(rows - 1, outputs, device="meta")
+    linear = nn.Linear(1, 1)  # torch warns of layers that are made without entries
+    linear.in_features, linear.out_features = rows - 1, outputs
     linear.weight = nn.Parameter(layer.packed[1:].T)
     linear.bias = nn.Parameter(layer.packed[0])
     return linear if rows % 2 else PackedLinear(linear, layer.dropout)
@@ -79,6 +81,21 @@ class Doubled(nn.Module):
         return weight / 2
 
 
+class Repeated(nn.Module):
+    """A parametrization that makes much of few parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.expand(self.rows, *weight.shape[1:])
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        self.rows = len(weight)
+        return weight[:1].clone()
+
+
 class Failing(nn.Module):
     """A parametrization that works while it is put on, and never after."""
 
@@ -104,6 +121,12 @@ def _matrix(one: nn.Module, number: int) -> tuple[str, nn.Parameter]:
     return own[number % len(own)]
 
 
+def _container(model: nn.Module, number: int) -> nn.Module:
+    kinds = nn.Sequential, nn.ModuleList, nn.ModuleDict
+    containers = [module for module in model.modules() if isinstance(module, kinds)]
+    return containers[number % len(containers)]
+
+
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -113,7 +136,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 @twist
 def tie(model, one, other, number):
-    name, value = _parameter(one, number)
+    _, value = _parameter(one, number)
     for own_name, own in other._parameters.items():
         if own is not None and own is not value and own.shape == value.shape:
             other._parameters[own_name] = value
@@ -122,7 +145,7 @@ def tie(model, one, other, number):
 
 @twist
 def tie_the_next_of_its_kind(model, one, other, number):
-    name, value = _parameter(one, number)
+    _, value = _parameter(one, number)
     for module in model.modules():
         if module is not one and type(module) is type(one) and module._parameters[name].shape == value.shape:
             module._parameters[name] = value
@@ -135,7 +158,7 @@ def tie_whatever_the_shape(model, one, other, number):
 
 @twist
 def tie_by_a_view(model, one, other, number):
-    name, value = _matrix(one, number)
+    _, value = _matrix(one, number)
     flat = value.detach().flatten()
     own_name, own = _parameter(other, number)
     own.data = flat[: own.numel()].reshape(own.shape)
@@ -153,15 +176,15 @@ def one_flat_piece_of_memory(model, one, other, number):
 
 @twist
 def share(model, one, other, number):
-    if other not in set(one.modules()) and isinstance(other, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        other.add_module(f"again{number}", one)
+    parent = _container(model, number)
+    if parent not in set(one.modules()):
+        parent.add_module(f"again{number}", one)
 
 
 @twist
 def share_a_child_of_attention(model, one, other, number):
-    if isinstance(other, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-        other.add_module("projection", attention[number % len(attention)].out_proj)
+    attention = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    _container(model, number).add_module("projection", attention[number % len(attention)].out_proj)
 
 
 @twist
@@ -176,7 +199,7 @@ def cast(model, one, other, number):
 
 @twist
 def cast_one_parameter(model, one, other, number):
-    name, value = _parameter(one, number)
+    _, value = _parameter(one, number)
     dtype = (torch.complex64, torch.float64, torch.float8_e4m3fn, torch.bfloat16)[number % 4]
     one._parameters[name] = nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
 
@@ -232,6 +255,11 @@ def parametrize_by_a_module(model, one, other, number):
 
 
 @twist
+def parametrize_by_a_row(model, one, other, number):
+    parametrize.register_parametrization(one, _matrix(one, number)[0], Repeated())
+
+
+@twist
 def parametrize_by_what_fails(model, one, other, number):
     failing = Failing()
     parametrize.register_parametrization(one, _parameter(one, number)[0], failing)
@@ -240,7 +268,9 @@ def parametrize_by_what_fails(model, one, other, number):
 
 @twist
 def hook_by_weight_norm(model, one, other, number):
-    weight_norm(one, _matrix(one, number)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and much used
+        weight_norm(one, _matrix(one, number)[0])
 
 
 @twist
@@ -280,7 +310,7 @@ def subclass(model, one, other, number):
 
 @twist
 def values(model, one, other, number):
-    name, value = _parameter(one, number)
+    _, value = _parameter(one, number)
     most = torch.finfo(value.dtype)
     with torch.no_grad():
         if number == 7:
@@ -293,25 +323,25 @@ def values(model, one, other, number):
 
 @twist
 def sparse_weight(model, one, other, number):
-    name, value = _matrix(one, number)
+    _, value = _matrix(one, number)
     one._parameters[name] = nn.Parameter(value.detach().to_sparse())
 
 
 @twist
 def empty_weight(model, one, other, number):
-    name, value = _matrix(one, number)
+    _, value = _matrix(one, number)
     one._parameters[name] = nn.Parameter(value.detach()[:0])
 
 
 @twist
 def lazy(model, one, other, number):
-    if isinstance(one, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        one.add_module("lazy", nn.LazyLinear(3))
+    _container(model, number).add_module("lazy", nn.LazyLinear(3))
 
 
 @twist
 def on_the_meta_device(model, one, other, number):
-    one.to("meta")
+    if not any(map(parametrize.is_parametrized, model.modules())):  # torch would compute what is in free memory
+        one.to("meta")
 
 
 @twist
@@ -321,13 +351,13 @@ def channels_last(model, one, other, number):
 
 @twist
 def strided(model, one, other, number):
-    name, value = _matrix(one, number)
+    _, value = _matrix(one, number)
     value.data = value.detach().transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @twist
 def expanded(model, one, other, number):
-    name, value = _matrix(one, number)
+    _, value = _matrix(one, number)
     value.data = value.detach()[:1].expand(value.shape)
 
 

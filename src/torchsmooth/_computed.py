@@ -66,8 +66,9 @@ def plain_copy(module: nn.Module) -> nn.Module:
     rest = {name: value for name, value in module._parameters.items() if name not in sources}
     made: dict[str, nn.Parameter | None] = {}
     for name, value in computed.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"what is computed for {name!r} is a {type(value).__name__}")
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            layout = f" of layout {value.layout}" if isinstance(value, Tensor) else ""
+            raise ValueError(f"what is computed for {name!r} is a {type(value).__name__}{layout}")
         # A copy: a pruned weight may be the original itself, and what is computed may be expanded.
         own_memory = value.detach().clone(memory_format=torch.preserve_format)
         made[name] = nn.Parameter(own_memory, requires_grad=_trained(module, name))
@@ -100,21 +101,20 @@ def _trained(module: nn.Module, name: str) -> bool:
 def _computed(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped."""
     with torch.random.fork_rng(devices=sorted({one.device.index for one in module.parameters() if one.is_cuda})):
-        if parametrize.is_parametrized(module):
-            parametrizations: Any = module.parametrizations
-            modes = [(one, one.training) for one in parametrizations.modules()]
-            try:
-                for one, _ in modes:
-                    one.training = False
-                for name in parametrizations:
-                    yield name, getattr(module, name)
-            finally:
-                for one, mode in modes:
-                    one.training = mode
-        for hook in _hooks(module).values():
-            if isinstance(hook, WeightNorm):
-                yield hook.name, hook.compute_weight(module)
-            elif isinstance(hook, SpectralNorm):
-                yield hook.name, hook.compute_weight(module, do_power_iteration=False)
-            else:
-                yield hook._tensor_name, hook.apply_mask(module)
+        parametrizations: Any = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
+        modes = [(one, one.training) for one in parametrizations.modules()]
+        try:
+            for one, _ in modes:
+                one.training = False
+            for name in parametrizations:
+                yield name, getattr(module, name)
+            for hook in _hooks(module).values():  # they may work on what is parametrized
+                if isinstance(hook, WeightNorm):
+                    yield hook.name, hook.compute_weight(module)
+                elif isinstance(hook, SpectralNorm):
+                    yield hook.name, hook.compute_weight(module, do_power_iteration=False)
+                else:
+                    yield hook._tensor_name, hook.apply_mask(module)
+        finally:
+            for one, mode in modes:
+                one.training = mode

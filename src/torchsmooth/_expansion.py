@@ -20,12 +20,12 @@ from ._lowrank_layer import STATE_HOOKS, LowRankLayer, memory_format_of
 from ._sharing import Sharing
 from ._swap import SOURCE, swap_, take_over_, take_over_hooks_
 from ._table import format_rank
+from ._undo import Undo
 from ._whole import check_whole
 from .layer_types import layer_type, layer_type_called, layer_type_of, name_of_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from contextlib import ExitStack
 
 
 class _Place(NamedTuple):
@@ -39,6 +39,7 @@ class Expansion:
     """What was expanded in one model.
 
     Attributes:
+        undo: takes back what was done to the model; further steps add to it.
         parameters: how many the model has as it is, shared ones counted once.
         origins: for plain layers that stand for one other layer, what that is.
         reasons: for layers that could not be expanded, why.
@@ -46,7 +47,8 @@ class Expansion:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.parameters = sum(one.numel() for one in model.parameters())
+        self.undo = Undo()
+        self.parameters = _count(model)
         self.origins: dict[nn.Module, Origin] = {}
         self.reasons: dict[nn.Module, str] = {}
         self._rounds: list[list[_Place]] = []
@@ -89,6 +91,9 @@ class Expansion:
             take_over_(expanded, module)
         elif computing(module):
             expanded, source = plain_copy(module), ""
+            before, after = _count(module), _count(expanded)
+            if before < after and type(expanded) not in KINDS:  # whose count is that of one layer of the plan
+                raise ValueError(f"{computing(module)} from {before:,} parameters, of which {after:,} are computed")
         else:
             _check_whole(module)
             known = layer_type(module)
@@ -120,14 +125,11 @@ class Expansion:
         for places in self._rounds:
             swap_(self._model, dict(places))
 
-    def keep_(self, used: Mapping[nn.Module, nn.Module]) -> Callable[[], None]:
+    def keep_(self, used: Mapping[nn.Module, nn.Module]) -> None:
         """Put back the originals of which nothing was used; what is kept gets memory of its own.
 
         Args:
             used: layers, with the low-rank ones that were put in their places.
-
-        Returns:
-            What expands those originals again, should the rest fail.
         """
         new = set(used.values())
         for places in reversed(self._rounds):
@@ -140,7 +142,6 @@ class Expansion:
                 else:
                     unused[expanded] = original
             swap_(self._model, unused)
-        return self.put_back_
 
     def keep_all_(self) -> None:
         """Give all that was expanded memory of its own."""
@@ -148,8 +149,8 @@ class Expansion:
             _settle_memory_(expanded, original)
 
     def finish_(self) -> None:
-        """Leave what is expanded as it is, for good."""
-        self._rounds.clear()
+        """Leave the model as it is now, for good."""
+        self.undo.keep()
 
 
 @contextmanager
@@ -163,19 +164,18 @@ def expanded_(model: nn.Module, refusal: Callable[[nn.Module, str], str]) -> Ite
     check_initialised(model)
     check_whole(model)
     expansion = Expansion(model)
-    try:
+    with expansion.undo as undo:
+        undo.add(expansion.take_out_)
         expansion.put_in_(refusal)
         yield expansion
-    finally:
-        expansion.take_out_()
 
 
-def collapse_(model: nn.Module, undo: ExitStack) -> None:
+def collapse_(model: nn.Module, undo: Undo) -> None:
     """Write expanded modules as the layers that they stand for again, those inside of others first.
 
     Args:
         model: a model without low-rank layers.
-        undo: gets what takes it back.
+        undo: gets what takes it back, before it is done.
 
     Raises:
         ValueError: if one of them cannot be; the layer is named.
@@ -190,8 +190,8 @@ def collapse_(model: nn.Module, undo: ExitStack) -> None:
             raise ValueError(f"layer {name!r}: {error}") from error
         take_over_hooks_(collapsed.train(module.training), module)
         collapsed.__dict__.pop(SOURCE, None)
+        undo.add(swap_, model, {collapsed: module})
         swap_(model, {module: collapsed})
-        undo.callback(swap_, model, {collapsed: module})
 
 
 def _composite(module: nn.Module) -> bool:
@@ -230,7 +230,7 @@ def _checked(expanded: object, module: nn.Module) -> nn.Module:
     own = set(module.modules())
     if any(type(one) is type(module) and one not in own for one in expanded.modules()):
         raise ValueError(f"the function registered for it returned what has a {kind} inside again")
-    before, after = (sum(one.numel() for one in each.parameters()) for each in (module, expanded))
+    before, after = _count(module), _count(expanded)
     if before != after:
         raise ValueError(f"it has {before:,} parameters, but what it was expanded to has {after:,}")
     return expanded
@@ -278,7 +278,11 @@ def _in_order(tensor: Tensor) -> bool:
 def _entries(module: nn.Module, expanded: nn.Module) -> int:
     """Count what a layer stores of its weight: all its parameters, less those of the expanded one beside its weight."""
     others = (one for name, one in expanded.named_parameters() if name != "weight")
-    return sum(one.numel() for one in module.parameters()) - sum(one.numel() for one in others)
+    return _count(module) - sum(one.numel() for one in others)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters())
 
 
 def _storage(tensor: Tensor) -> int:
