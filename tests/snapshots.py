@@ -34,9 +34,7 @@ def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Compare state dicts: keys in order, shapes, dtypes and bits."""
     return list(one) == list(other) and all(
-        value.shape == other[key].shape
-        and value.dtype == other[key].dtype
-        and same_bits(bits(value), bits(other[key]))
+        value.shape == other[key].shape and value.dtype == other[key].dtype and same_bits(bits(value), bits(other[key]))
         for key, value in one.items()
     )
 

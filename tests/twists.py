@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
 
 def _unpacked(layer: Packed) -> nn.Module:
     rows, outputs = layer.packed.shape
-    linear = nn.Linear(1, 1)  # torch warns of layers that are made without entries
+    linear = nn.Linear(1, 1)  # torch warns of layers that are made without entries; this one draws random numbers
     linear.in_features, linear.out_features = rows - 1, outputs
     linear.weight = nn.Parameter(layer.packed[1:].T)
     linear.bias = nn.Parameter(layer.packed[0])
@@ -123,7 +123,11 @@ def _matrix(one: nn.Module, number: int) -> tuple[str, nn.Parameter]:
 
 def _container(model: nn.Module, number: int) -> nn.Module:
     kinds = nn.Sequential, nn.ModuleList, nn.ModuleDict
-    containers = [module for module in model.modules() if isinstance(module, kinds)]
+    containers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and "parametrizations" not in name.split(".")
+    ]
     return containers[number % len(containers)]
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 # What the older functions of torch.nn.utils hang on a module: called before each forward pass, they set the weight.
 _HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -31,6 +32,13 @@ def type_of(module: nn.Module) -> type[nn.Module]:
     """Return the type that a module has without parametrizations."""
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     return kind
+
+
+def random_state_kept(module: nn.Module) -> AbstractContextManager[None]:
+    """Put the random state of the devices of a module back at the end: functions of users may draw from it."""
+    devices = sorted({one.device.index for one in module.parameters() if one.is_cuda})
+    kept: AbstractContextManager[None] = torch.random.fork_rng(devices)
+    return kept
 
 
 @torch.no_grad()
@@ -74,7 +82,9 @@ def plain_copy(module: nn.Module) -> nn.Module:
         made[name] = nn.Parameter(own_memory, requires_grad=_trained(module, name))
     everything = made | rest
     first = [name for name in ("weight", "bias") if name in everything]
-    plain._parameters = {name: everything[name] for name in (*first, *(name for name in everything if name not in first))}
+    plain._parameters = {
+        name: everything[name] for name in (*first, *(name for name in everything if name not in first))
+    }
     return plain
 
 
@@ -100,7 +110,7 @@ def _trained(module: nn.Module, name: str) -> bool:
 
 def _computed(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped."""
-    with torch.random.fork_rng(devices=sorted({one.device.index for one in module.parameters() if one.is_cuda})):
+    with random_state_kept(module):
         parametrizations: Any = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
         modes = [(one, one.training) for one in parametrizations.modules()]
         try:

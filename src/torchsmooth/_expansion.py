@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_initialised
-from ._computed import computing, plain_copy, type_of
+from ._computed import computing, plain_copy, random_state_kept, type_of
 from ._layers import KINDS, Origin
 from ._lowrank_layer import STATE_HOOKS, LowRankLayer, memory_format_of
 from ._sharing import Sharing
@@ -99,7 +99,8 @@ class Expansion:
             known = layer_type(module)
             if known is None:
                 raise ValueError(f"{type(module).__name__} is not supported")
-            expanded, source = _checked(known.expand(module), module), name_of_type(type(module))
+            with random_state_kept(module):
+                expanded, source = _checked(known.expand(module), module), name_of_type(type(module))
             _settle_flags_(expanded, module)
             _settle_modes_(expanded, module)
             take_over_hooks_(expanded, module)
@@ -185,7 +186,8 @@ def collapse_(model: nn.Module, undo: Undo) -> None:
         if not name or known is None or known.collapse is None:
             continue
         try:
-            collapsed = known.collapse(module)
+            with random_state_kept(module):
+                collapsed = known.collapse(module)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         take_over_hooks_(collapsed.train(module.training), module)
