@@ -307,8 +307,18 @@ def test_what_expand_gives_is_checked():
         TypeError, match="layer '2': expand, as registered for Turned, must return a torch.nn.Module, got Param"
     ):
         plan_compression(model, 0.1)
-    one = nn.Sequential(fill_(Fused(1), 0), nn.Linear(SIZE, SIZE))
-    assert plan_compression(one, 0.1)["0"].reason == "there is nothing to split"
+    register_layer(Turned, lambda layer: nn.Sequential(layer, Turned(1, 1)))
+    again = "the function registered for it returned what has a Turned inside again"
+    assert plan_compression(model, 0.1)["2"].reason == again
+
+
+def test_what_is_inside_of_a_composite_layer_that_stays_is_compressed_by_itself():
+    layer = Fused(1)
+    layer.last = Turned(SIZE, SIZE)
+    plan = plan_compression(nn.Sequential(fill_(layer, 0)), 0.1)
+    assert plan["0"].reason == "there is nothing to split"
+    assert plan["0.last"].choice is not None
+    assert type(layer.last) is Turned
 
 
 @pytest.mark.parametrize(
@@ -535,5 +545,5 @@ def test_tied_factors_stay_as_they_are():
     model[2].down.weight = model[0].down.weight
     model.append(fill_(nn.Linear(40, 40), 1))
     report = svd_compress_(model, 0.1)
-    assert report["0"].reason == "weight is shared with 2.down.weight"
+    assert report["0"].reason == "down.weight is shared with 2.down.weight"
     assert torchsmooth.restore_dense_(model)

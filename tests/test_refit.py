@@ -23,6 +23,7 @@ from torchsmooth._matricise import distinct_schemes
 from torchsmooth._moments import Moments
 from torchsmooth._refit import refit
 from torchsmooth._swap import swap_, take_over_
+from torchsmooth._undo import Undo
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -53,7 +54,7 @@ def look(model, batches, choices):
 
 def refit_(model, batches, choices):
     found, replacements = look(model, batches, choices)
-    found.write_()
+    found.write_(Undo())
     swap_(model, replacements)
     return found
 
@@ -676,8 +677,8 @@ def test_what_cannot_be_written_is_not_written_by_half():
     model[1].running_var = torch.ones(1).expand(5)  # one number in memory: nothing can be copied into it
     before = everything(model)
     found, _ = look(model, [randn(30, 6, seed=0, dtype=torch.float32)], {"0": 2, "2": 2})
-    with pytest.raises(RuntimeError):
-        found.write_()
+    with pytest.raises(RuntimeError), Undo() as undo:
+        found.write_(undo)
     assert is_as(before, model)
 
 

@@ -20,7 +20,6 @@ from ._table import format_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from contextlib import ExitStack
 
     from torch import Tensor
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from ._layers import Known
     from ._lowrank_layer import LowRankLayer
     from ._ranks import Team
+    from ._undo import Undo
     from .layer_plan import Choice, LayerPlan
 
 
@@ -116,18 +116,18 @@ def _tensors_of(replacement: LowRankLayer, module: nn.Module) -> list[Tensor]:
     return [one for one in tensors if one is not module._parameters.get("bias")]
 
 
-def placed_(model: nn.Module, made: Replacements, undo: ExitStack) -> None:
+def placed_(model: nn.Module, made: Replacements, undo: Undo) -> None:
     """Put replacements into the model, and write what a refit has found; on any error, all is as before.
 
     Args:
         model: the model.
         made: what to put there.
-        undo: gets what takes it back.
+        undo: gets what takes it back, before it is done.
     """
+    undo.add(swap_, model, {new: old for old, new in made.layers.items()})
     swap_(model, made.layers)
-    undo.callback(swap_, model, {new: old for old, new in made.layers.items()})
     if made.refitted is not None:
-        undo.callback(made.refitted.write_())
+        made.refitted.write_(undo)
 
 
 def _target(layer: LayerPlan, targets: Mapping[str, FoundLayer]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 # What the older functions of torch.nn.utils hang on a module: called before each forward pass, they set the weight.
 _HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -33,6 +34,13 @@ def type_of(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
+def random_state_kept(module: nn.Module) -> AbstractContextManager[None]:
+    """Put the random state of the devices of a module back at the end: functions of users may draw from it."""
+    devices = sorted({one.device.index for one in module.parameters() if one.is_cuda})
+    kept: AbstractContextManager[None] = torch.random.fork_rng(devices)
+    return kept
+
+
 @torch.no_grad()
 def plain_copy(module: nn.Module) -> nn.Module:
     """Return a layer of the ordinary type that has, as its parameters, what is computed for this one now.
@@ -44,18 +52,20 @@ def plain_copy(module: nn.Module) -> nn.Module:
         module: a module of which :func:`computing` says something.
 
     Raises:
-        ValueError: if what is computed is not a real tensor.
+        ValueError: if it cannot be computed, or is not a real tensor.
     """
-    computed = dict(_computed(module))
+    try:
+        computed = dict(_computed(module))
+    except RuntimeError as error:  # of torch, say because there are no kernels for this dtype or device
+        raise ValueError(f"{computing(module)}, but what is computed cannot be: {error}") from error
     kind = type_of(module)
     plain = kind.__new__(kind)
     hooks = _hooks(module)
     own = {name: value for name, value in vars(module).items() if name not in computed}
-    own["_forward_pre_hooks"] = type(module._forward_pre_hooks)(
-        (key, hook) for key, hook in module._forward_pre_hooks.items() if key not in hooks
-    )
-    for name in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
-        own[name] = type(own[name])((key, hook) for key, hook in own[name].items() if not _of_torch(hook))
+    for name in ("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"):
+        kept = {key: hook for key, hook in own[name].items() if key not in hooks and not _of_torch(hook)}
+        if len(kept) < len(own[name]):  # otherwise it is the very dictionary, to which handles of the user's refer
+            own[name] = type(own[name])(kept)
     sources = {f"{name}{suffix}" for name in computed for suffix in ("_g", "_v", "_u", "_orig", "_mask")}
     sources = sources if hooks else set()
     plain.__dict__.update(own)
@@ -64,14 +74,17 @@ def plain_copy(module: nn.Module) -> nn.Module:
     rest = {name: value for name, value in module._parameters.items() if name not in sources}
     made: dict[str, nn.Parameter | None] = {}
     for name, value in computed.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"what is computed for {name!r} is a {type(value).__name__}")
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            layout = f" of layout {value.layout}" if isinstance(value, Tensor) else ""
+            raise ValueError(f"what is computed for {name!r} is a {type(value).__name__}{layout}")
         # A copy: a pruned weight may be the original itself, and what is computed may be expanded.
         own_memory = value.detach().clone(memory_format=torch.preserve_format)
         made[name] = nn.Parameter(own_memory, requires_grad=_trained(module, name))
     everything = made | rest
     first = [name for name in ("weight", "bias") if name in everything]
-    plain._parameters = {name: everything[name] for name in (*first, *(everything.keys() - set(first)))}
+    plain._parameters = {
+        name: everything[name] for name in (*first, *(name for name in everything if name not in first))
+    }
     return plain
 
 
@@ -97,22 +110,21 @@ def _trained(module: nn.Module, name: str) -> bool:
 
 def _computed(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped."""
-    with torch.random.fork_rng(devices=sorted({one.device.index for one in module.parameters() if one.is_cuda})):
-        if parametrize.is_parametrized(module):
-            parametrizations: Any = module.parametrizations
-            modes = [(one, one.training) for one in parametrizations.modules()]
-            try:
-                for one, _ in modes:
-                    one.training = False
-                for name in parametrizations:
-                    yield name, getattr(module, name)
-            finally:
-                for one, mode in modes:
-                    one.training = mode
-        for hook in _hooks(module).values():
-            if isinstance(hook, WeightNorm):
-                yield hook.name, hook.compute_weight(module)
-            elif isinstance(hook, SpectralNorm):
-                yield hook.name, hook.compute_weight(module, do_power_iteration=False)
-            else:
-                yield hook._tensor_name, hook.apply_mask(module)
+    with random_state_kept(module):
+        parametrizations: Any = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
+        modes = [(one, one.training) for one in parametrizations.modules()]
+        try:
+            for one, _ in modes:
+                one.training = False
+            for name in parametrizations:
+                yield name, getattr(module, name)
+            for hook in _hooks(module).values():  # they may work on what is parametrized
+                if isinstance(hook, WeightNorm):
+                    yield hook.name, hook.compute_weight(module)
+                elif isinstance(hook, SpectralNorm):
+                    yield hook.name, hook.compute_weight(module, do_power_iteration=False)
+                else:
+                    yield hook._tensor_name, hook.apply_mask(module)
+        finally:
+            for one, mode in modes:
+                one.training = mode

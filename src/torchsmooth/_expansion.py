@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_initialised, describe, kind_of_tensor, with_article
-from ._computed import computing, plain_copy, type_of
+from ._computed import computing, plain_copy, random_state_kept, type_of
 from ._layers import KINDS, Origin
 from ._lowrank_layer import STATE_HOOKS, LowRankLayer, memory_format_of
 from ._running import note
 from ._sharing import Sharing
 from ._swap import SOURCE, swap_, take_over_, take_over_hooks_
 from ._table import format_rank
+from ._undo import Undo
 from ._whole import check_whole
-from .layer_types import layer_type, layer_type_called, name_of_type
+from .layer_types import layer_type, layer_type_called, layer_type_of, name_of_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
-    from contextlib import ExitStack
+    from collections.abc import Callable, Iterator, Mapping
 
 
 class _Place(NamedTuple):
@@ -40,6 +40,7 @@ class Expansion:
     """What was expanded in one model.
 
     Attributes:
+        undo: takes back what was done to the model; further steps add to it.
         parameters: how many the model has as it is, shared ones counted once.
         origins: for plain layers that stand for one other layer, what that is.
         reasons: for layers that could not be expanded, why.
@@ -47,20 +48,23 @@ class Expansion:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.parameters = sum(one.numel() for one in model.parameters())
+        self.undo = Undo()
+        self.parameters = _count(model)
         self.origins: dict[nn.Module, Origin] = {}
         self.reasons: dict[nn.Module, str] = {}
         self._rounds: list[list[_Place]] = []
 
     def put_in_(self, refusal: Callable[[nn.Module, str], str]) -> None:
         """Put expanded modules in the place of the originals; also of those inside what was expanded already."""
-        while True:
-            sharing = Sharing(self._model)
+        looking = True
+        while looking:
+            looking, sharing = False, Sharing(self._model)
             places, inside = [], set[nn.Module]()
             for name, module in self._model.named_modules():
                 # A bare root has no place, and what is inside of an original goes with it; perhaps in the next round.
                 if not name or module in inside or module in self.reasons or not _composite(module):
                     continue
+                looking = True
                 inside.update(module.modules())
                 reason = refusal(module, name)
                 if not reason:
@@ -73,8 +77,6 @@ class Expansion:
                     self.reasons[module] = reason
                 else:
                     places.append(_Place(module, expanded))
-            if not places:
-                return
             self._rounds.append(places)
             swap_(self._model, {one.original: one.expanded for one in places})
 
@@ -86,28 +88,29 @@ class Expansion:
         """
         expanded: nn.Module
         if isinstance(module, LowRankLayer):
-            for own_name, factor in module.named_parameters():
-                tied = sharing.of_weight(factor, f"{name}.{own_name}")
-                if tied:
-                    raise ValueError(tied)
             expanded, source = module.to_dense(), vars(module).get(SOURCE, "")
             take_over_(expanded, module)
         elif computing(module):
             expanded, source = plain_copy(module), ""
+            before, after = _count(module), _count(expanded)
+            if before < after and type(expanded) not in KINDS:  # whose count is that of one layer of the plan
+                raise ValueError(f"{computing(module)} from {before:,} parameters, of which {after:,} are computed")
         else:
             _check_whole(module)
             known = layer_type(module)
             if known is None:
                 raise ValueError(f"{type(module).__name__} is not supported")
             try:
-                made = known.expand(module)
+                with random_state_kept(module):
+                    made = known.expand(module)
             except Exception as error:
                 note(error, f"expanding layer {name!r}, {with_article(type(module).__name__)}")
                 raise
             expanded, source = _checked(made, name, module), name_of_type(type(module))
             _settle_flags_(expanded, module)
-            expanded.train(module.training)
+            _settle_modes_(expanded, module)
             take_over_hooks_(expanded, module)
+        _check_untied(name, module, expanded, sharing)
         if source:
             expanded.__dict__[SOURCE] = source
         if type(expanded) in KINDS:
@@ -129,24 +132,23 @@ class Expansion:
         for places in self._rounds:
             swap_(self._model, dict(places))
 
-    def keep_(self, used: Collection[nn.Module]) -> Callable[[], None]:
+    def keep_(self, used: Mapping[nn.Module, nn.Module]) -> None:
         """Put back the originals of which nothing was used; what is kept gets memory of its own.
 
         Args:
-            used: low-rank layers that were put into the model.
-
-        Returns:
-            What expands those originals again, should the rest fail.
+            used: layers, with the low-rank ones that were put in their places.
         """
+        new = set(used.values())
         for places in reversed(self._rounds):
             unused = {}
             for original, expanded in places:
-                if not set(expanded.modules()).isdisjoint(used):
+                if expanded in used:  # of which a bias may be left
+                    _settle_memory_(used[expanded], original)
+                elif not new.isdisjoint(expanded.modules()):
                     _settle_memory_(expanded, original)
                 else:
                     unused[expanded] = original
             swap_(self._model, unused)
-        return self.put_back_
 
     def keep_all_(self) -> None:
         """Give all that was expanded memory of its own."""
@@ -154,8 +156,8 @@ class Expansion:
             _settle_memory_(expanded, original)
 
     def finish_(self) -> None:
-        """Leave what is expanded as it is, for good."""
-        self._rounds.clear()
+        """Leave the model as it is now, for good."""
+        self.undo.keep()
 
 
 @contextmanager
@@ -169,19 +171,18 @@ def expanded_(model: nn.Module, refusal: Callable[[nn.Module, str], str]) -> Ite
     check_initialised(model)
     check_whole(model)
     expansion = Expansion(model)
-    try:
+    with expansion.undo as undo:
+        undo.add(expansion.take_out_)
         expansion.put_in_(refusal)
         yield expansion
-    finally:
-        expansion.take_out_()
 
 
-def collapse_(model: nn.Module, undo: ExitStack) -> None:
+def collapse_(model: nn.Module, undo: Undo) -> None:
     """Write expanded modules as the layers that they stand for again, those inside of others first.
 
     Args:
         model: a model without low-rank layers.
-        undo: gets what takes it back.
+        undo: gets what takes it back, before it is done.
 
     Raises:
         TypeError: if a function that is registered returns something else than a module; the layer is named.
@@ -192,7 +193,8 @@ def collapse_(model: nn.Module, undo: ExitStack) -> None:
         if not name or known is None or known.collapse is None:
             continue
         try:
-            collapsed: object = known.collapse(module)
+            with random_state_kept(module):
+                collapsed: object = known.collapse(module)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         if not isinstance(collapsed, nn.Module):
@@ -202,8 +204,8 @@ def collapse_(model: nn.Module, undo: ExitStack) -> None:
             )
         take_over_hooks_(collapsed.train(module.training), module)
         collapsed.__dict__.pop(SOURCE, None)
+        undo.add(swap_, model, {collapsed: module})
         swap_(model, {module: collapsed})
-        undo.callback(swap_, model, {collapsed: module})
 
 
 def _composite(module: nn.Module) -> bool:
@@ -213,7 +215,7 @@ def _composite(module: nn.Module) -> bool:
     if not computing(module):
         return False
     kind = type_of(module)
-    return kind in KINDS or layer_type(kind.__new__(kind)) is not None
+    return kind in KINDS or layer_type_of(kind) is not None
 
 
 def _check_whole(module: nn.Module) -> None:
@@ -239,10 +241,30 @@ def _checked(expanded: object, name: str, module: nn.Module) -> nn.Module:
         )
     if expanded is module:
         raise ValueError("the function registered for it returned the layer itself")
-    before, after = (sum(one.numel() for one in each.parameters()) for each in (module, expanded))
+    own = set(module.modules())
+    if any(type(one) is type(module) and one not in own for one in expanded.modules()):
+        raise ValueError(f"the function registered for it returned what has a {kind} inside again")
+    before, after = _count(module), _count(expanded)
     if before != after:
         raise ValueError(f"it has {before:,} parameters, but what it was expanded to has {after:,}")
     return expanded
+
+
+def _check_untied(name: str, module: nn.Module, expanded: nn.Module, sharing: Sharing) -> None:
+    """Refuse a layer that lends memory to another, or to itself, and would come apart from it."""
+    kept = set(expanded.parameters())
+    for own_name, parameter in module.named_parameters():
+        tied = "" if parameter in kept else sharing.of_weight(parameter, f"{name}.{own_name}", name)
+        if tied:
+            raise ValueError(tied.replace("weight", own_name, 1))
+
+
+def _settle_modes_(expanded: nn.Module, module: nn.Module) -> None:
+    """Put what is new into the mode of the original; children of that have their own."""
+    own = set(module.modules())
+    for one in expanded.modules():
+        if one not in own:
+            one.training = module.training
 
 
 def _settle_flags_(expanded: nn.Module, module: nn.Module) -> None:
@@ -270,7 +292,11 @@ def _in_order(tensor: Tensor) -> bool:
 def _entries(module: nn.Module, expanded: nn.Module) -> int:
     """Count what a layer stores of its weight: all its parameters, less those of the expanded one beside its weight."""
     others = (one for name, one in expanded.named_parameters() if name != "weight")
-    return sum(one.numel() for one in module.parameters()) - sum(one.numel() for one in others)
+    return _count(module) - sum(one.numel() for one in others)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters())
 
 
 def _storage(tensor: Tensor) -> int:

@@ -265,7 +265,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _quantised(module: nn.Module) -> bool:
     """Tell whether a module of torch.ao keeps a quantised weight, which is no parameter."""
-    return callable(getattr(module, "weight", None)) and type(module).__module__.startswith("torch.ao.")
+    # In this order: a property of another class may be anything.
+    return type(module).__module__.startswith("torch.ao.") and callable(getattr(module, "weight", None))
 
 
 def _reason(name: str, module: nn.Module, sharing: Sharing, known: Known) -> str:

@@ -40,6 +40,9 @@ def why_not_expandable(
             return f"{name} is {kind_of_tensor(parameter)}"
         if tuple(parameter.shape) != shape:
             return f"{name} is of shape {tuple(parameter.shape)}, but the layer's attributes say {shape}"
+    kinds = {(str(parameter.dtype), str(parameter.device)) for parameter in module.parameters()}
+    if len(kinds) > 1:
+        return f"its parameters are of several kinds: {' and '.join(' on '.join(one) for one in sorted(kinds))}"
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
     extras = [
         *(own - shapes.keys() - set(optional)),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from ._lowrank_layer import LowRankLayer
+    from ._undo import Undo
 
 # How much the layer's own weight counts beside the data, as a share of the mean energy of its inputs. It matters where
 # the data is silent: for inputs that vary little, or are many more than the rows that were seen.
@@ -70,11 +71,11 @@ class Refitted:
         return [*self.biases, *self.norms.statistics()]
 
     @torch.inference_mode()  # where tensors made in inference mode can be written to, and all others as well
-    def write_(self) -> Callable[[], None]:
-        """Write biases and BatchNorm statistics into the model, in place: all, or none if an error comes.
+    def write_(self, undo: Undo) -> None:
+        """Write biases and BatchNorm statistics into the model, in place.
 
-        Returns:
-            What takes all of it back.
+        Args:
+            undo: gets what takes all of it back, before it is done.
         """
         before = [(tensor, tensor.clone()) for tensor, _ in self._written]
 
@@ -84,13 +85,9 @@ class Refitted:
                 with contextlib.suppress(RuntimeError):  # what cannot be written to is as it was
                     tensor.copy_(values)
 
-        try:
-            for tensor, values in self._written:
-                tensor.copy_(values)
-        except BaseException:  # also an interruption from the keyboard
-            take_back()
-            raise
-        return take_back
+        undo.add(take_back)
+        for tensor, values in self._written:
+            tensor.copy_(values)
 
 
 class _Reached(BaseException):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # What every module keeps: its children, parameters, hooks.
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
+# How names of plain attributes begin.
+_PLAIN = "the plain attribute "
+
 
 class Sharing:
     """All holders of modules and tensors inside one model.
@@ -41,9 +44,9 @@ class Sharing:
                 if attribute not in _TORCH_ATTRIBUTES:
                     for one in _reach(value, seen, tree):
                         if isinstance(one, nn.Module):
-                            self._modules[one] = f"also held by the plain attribute {prefix}{attribute}"
+                            self._modules[one] = f"also held by {_PLAIN}{prefix}{attribute}"
                         else:
-                            self._add(one, f"the plain attribute {prefix}{attribute}")
+                            self._add(one, f"{_PLAIN}{prefix}{attribute}")
             compiled = owner._modules.get("_orig_mod")
             if compiled is not None:  # the wrapper calls the forward that it was made with, whatever its child is now
                 self._modules[compiled] = "compiled by itself (compress first, then torch.compile)"
@@ -52,10 +55,16 @@ class Sharing:
         """Say who holds a module beside its parents in the tree; empty if nobody does."""
         return self._modules.get(module, "")
 
-    def of_weight(self, weight: Tensor, name: str) -> str:
-        """Say what else lies over the memory of a weight, itself known by ``name``; empty if nothing does."""
+    def of_weight(self, weight: Tensor, name: str, layer: str | None = None) -> str:
+        """Say what else lies over the memory of a weight, itself known by ``name``; empty if nothing does.
+
+        Plain attributes of ``layer`` do not count: a recurrent layer lists its weights in one.
+        """
         storage, start, end = span_of(weight)
+        own = None if layer is None else f"{_PLAIN}{layer}."
         for other_start, other_end, other in self._tensors.get(storage, ()):
+            if own is not None and other.startswith(own):
+                continue
             if other != name and start < other_end and other_start < end:
                 return f"weight is shared with {other}"
         return ""

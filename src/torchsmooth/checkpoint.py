@@ -83,17 +83,15 @@ def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any] | str | os.
     with expanded_(model, partial(_not_needed, state_dict)) as expansion:
         replacements = _replacements(model, state_dict, expansion)
         expansion.keep_all_()
-        backup = Backup(model, replacements)
+        expansion.undo.add(Backup(model, replacements).restore_)
+        expansion.undo.add(swap_, model, {new: old for old, new in replacements.items()})
         swap_(model, replacements)
         try:
             model.load_state_dict(state_dict, strict=True)
-        except BaseException as error:
+        except RuntimeError as error:
             swap_(model, {new: old for old, new in replacements.items()})
-            backup.restore_()
-            if isinstance(error, RuntimeError):
-                hint = _hint(model, state_dict)
-                raise ValueError(f"the state dict does not fit this model{hint}: {error}") from error
-            raise
+            hint = _hint(model, state_dict)
+            raise ValueError(f"the state dict does not fit this model{hint}: {error}") from error
         expansion.finish_()
     return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from ._lowrank_layer import LowRankLayer
 from ._ranks import team_of
 from ._sharing import Sharing
 from ._swap import SOURCE, swap_, take_over_
+from ._undo import Undo
 from ._workpiece import Request
 from .planning import planned
 
@@ -199,9 +199,9 @@ def restore_dense_(model: nn.Module) -> nn.Module:
             raise ValueError(f"layer {name!r}: {error}") from error
         take_over_(dense, module)
         replacements[module] = dense
-    with ExitStack() as undo:
+    with Undo() as undo:
+        undo.add(swap_, model, {new: old for old, new in replacements.items()})
         swap_(model, replacements)
-        undo.callback(swap_, model, {new: old for old, new in replacements.items()})
         collapse_(model, undo)
-        undo.pop_all()
+        undo.keep()
     return model

@@ -44,7 +44,12 @@ _TYPES: dict[type[nn.Module], LayerType] = {
 
 def layer_type(module: nn.Module) -> LayerType | None:
     """Return what is registered for the exact type of a module."""
-    return _TYPES.get(type(module))
+    return layer_type_of(type(module))
+
+
+def layer_type_of(kind: type[nn.Module]) -> LayerType | None:
+    """Return what is registered for a type."""
+    return _TYPES.get(kind)
 
 
 def layer_type_called(name: str) -> LayerType | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -305,11 +304,11 @@ class CompressionPlan:
         self, model: nn.Module, inputs: Inputs | None, calibration: Calibration | None, team: Team = ALONE
     ) -> CompressionReport:
         """Compress a model as planned, together with the other ranks: all of them, or none."""
-        with expanded_(model, self._refusal) as expansion, ExitStack() as undo:
+        with expanded_(model, self._refusal) as expansion:
             made = replacements_for(self.layers, model, expansion, calibration, team)
             measured = team.first(lambda: self._measured(model, made.layers, inputs, expansion))
-            placed_(model, made, undo)
-            undo.callback(expansion.keep_(set(made.layers.values())))
+            placed_(model, made, expansion.undo)
+            expansion.keep_(made.layers)
             report = CompressionReport(
                 layers=tuple(_report(layer, made) for layer in self.layers),
                 parameters_before=expansion.parameters,
@@ -318,7 +317,6 @@ class CompressionPlan:
                 **measured,
             )
             team.gather(None)  # raises where another rank could not do the same
-            undo.pop_all()
             expansion.finish_()
         return report
 
