@@ -243,7 +243,8 @@ def _checked(expanded: object, name: str, module: nn.Module) -> nn.Module:
         raise ValueError("the function registered for it returned the layer itself")
     own = set(module.modules())
     if any(type(one) is type(module) and one not in own for one in expanded.modules()):
-        raise ValueError(f"the function registered for it returned what has a {kind} inside again")
+        again = with_article(type(module).__name__)
+        raise ValueError(f"the function registered for it returned what has {again} inside again")
     before, after = _count(module), _count(expanded)
     if before != after:
         raise ValueError(f"it has {before:,} parameters, but what it was expanded to has {after:,}")
