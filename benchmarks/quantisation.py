@@ -34,7 +34,7 @@ from testbed.sentences import batches_of, embed, load_minilm, sentences
 from testbed.torchvision_import import import_torchvision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
     from digit_network import Images
 
@@ -127,15 +127,20 @@ def megabytes(model: nn.Module) -> float:
     return len(file.getvalue()) / 1e6
 
 
-def rows_of(subject: Subject, kinds: dict[str, Callable[[nn.Module], object]], bar: tqdm) -> Iterable[list[str]]:
+def compressed(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the network as it is, and compressed in every way, each by name; plans for all ratios are made at once."""
+    yield "dense", subject.model
+    for name, data in {"no data": None, "calibration": subject.calibration}.items():
+        plans = torchsmooth.sweep(subject.model, subject.ratios, calibration=data, progress=False)
+        for ratio, plan in zip(subject.ratios, plans, strict=True):
+            small = copy.deepcopy(subject.model)
+            plan.apply_(small, calibration=data, progress=False)
+            yield f"−{ratio:.0%}, {name}", small
+
+
+def rows_of(subject: Subject, kinds: dict[str, Callable[[nn.Module], object]], bar: tqdm) -> Iterator[list[str]]:
     """Compress one network in every way, quantise each result in every way, and measure it."""
-    ways = [(0.0, None), *((ratio, data) for ratio in subject.ratios for data in (None, subject.calibration))]
-    for ratio, data in ways:
-        small = copy.deepcopy(subject.model)
-        how = "dense"
-        if ratio:
-            torchsmooth.svd_compress_(small, ratio, calibration=data, progress=False)
-            how = f"−{ratio:.0%}, {'no data' if data is None else 'calibration'}"
+    for how, small in compressed(subject):
         row = [subject.name, how, f"{sum(parameter.numel() for parameter in small.parameters()):,}"]
         for kind, quantise in kinds.items():
             bar.set_description(f"{subject.name}, {how}, {kind}")
@@ -143,6 +148,7 @@ def rows_of(subject: Subject, kinds: dict[str, Callable[[nn.Module], object]], b
             quantise(result)
             row.append(f"{megabytes(result):.2f} MB, {subject.quality(result)}")
             bar.update()
+        bar.write(" | ".join(row), file=sys.stderr)
         yield row
 
 
