@@ -91,15 +91,16 @@ def attempt(model: nn.Module, action: Callable[[], Any]) -> Any:
     before, random = Snapshot(model), torch.get_rng_state()
     try:
         result = action()
-        assert torch.equal(torch.get_rng_state(), random)
-        return result
     except (ValueError, TypeError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        assert frames[-1].filename.startswith(_HOME), f"not one of our errors: {frames[-1]}"
-        assert len(str(error)) > 20
+        result = error
+    assert torch.equal(torch.get_rng_state(), random)
+    if isinstance(result, Exception):
+        last = traceback.extract_tb(result.__traceback__)[-1]
+        assert last.filename.startswith(_HOME), f"not one of our errors: {last}"
+        assert len(str(result)) > 20
         difference = before.difference()
         assert not difference, f"changed by an error: {difference}"
-        return error
+    return result
 
 
 def parameters(model: nn.Module) -> int:

@@ -357,7 +357,7 @@ def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
 
 
 def check_writable(layer: LowRankLayer, what: str) -> None:
-    """Refuse a layer whose factors are no plain parameters any more; ``what`` says what was to be done with it."""
+    """Refuse a layer whose factors are no plain parameters in one place; ``what`` says what was to be done with it."""
     for child in (getattr(layer, name) for name in layer.factor_children):
         weight = child._parameters.get("weight")
         if not isinstance(weight, Tensor) or is_quantised(weight):
@@ -367,6 +367,12 @@ def check_writable(layer: LowRankLayer, what: str) -> None:
                 f"{type(child).__name__} {now} (quantised, pruned or parametrized after it was compressed). Do it "
                 "before quantising; prune.remove or remove_parametrizations makes the others plain again."
             )
+    devices = sorted({str(one.device) for one in layer.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"a {type(layer).__name__} cannot be {what}: its parameters are on {' and '.join(devices)}. Bring them "
+            "together with .to(device)."
+        )
 
 
 def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
