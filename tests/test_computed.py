@@ -115,3 +115,22 @@ def test_handles_of_hooks_still_work_on_what_is_merged(norm):
     handle.remove()
     model(inputs)
     assert called == [1]
+
+
+class Delegating(nn.Module):
+    """Answers for what is inside of it, as wrappers of models do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def test_a_wrapper_of_what_is_parametrized_is_no_layer_itself():
+    model = nn.Sequential(Delegating(parametrizations.weight_norm(fill_(nn.Linear(12, 10), 0))), nn.Linear(10, 12))
+    assert [one.name for one in plan_compression(model, 0.1).layers] == ["0.inner", "1"]

@@ -127,3 +127,16 @@ def test_a_low_rank_layer_on_several_devices_is_named():
         with pytest.raises(ValueError, match=r"LowRankLinear cannot be merged: its parameters are on cpu and meta. Br"):
             action(model)
         assert not before.difference()
+
+
+@pytest.mark.parametrize(
+    "name", ["to_dense", "truncate_", "factors", "rank", "up", "to_attention", "q_proj", "_factor"]
+)
+@pytest.mark.parametrize("build", [lambda: nn.Linear(12, 10), lambda: nn.MultiheadAttention(8, 2)])
+def test_attributes_of_the_user_never_hide_what_is_needed(build, name):
+    model = nn.Sequential(fill_(build(), 0))
+    model[0].__dict__[name] = "mine"
+    kind = type(model[0])
+    svd_compress_(model, 0.2)
+    svd_compress_(model, 0.1)
+    assert type(restore_dense_(model)[0]) is kind

@@ -390,7 +390,7 @@ def note(model, one, other, number):
 
 @twist
 def note_by_the_name_of_a_child(model, one, other, number):
-    one.__dict__[("up", "down", "rank", "form", "linear", "q_proj", "ih_l0", "hh")[number]] = "mine"
+    one.__dict__[("up", "down", "rank", "form", "linear", "q_proj", "to_dense", "truncate_")[number]] = "mine"
 
 
 @twist

@@ -28,6 +28,9 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+# What a layer is run by: where one of these was replaced on an instance, factors could not do the same.
+CALLED = ("forward", "_conv_forward", "__call__")
+
 # The layers of torch for which there is a LowRank class.
 _FACTORED = (
     nn.Linear,
@@ -278,7 +281,7 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
         return f"it has more than a weight and a bias: {quoted(extras)}"
     if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         return "it has state-dict hooks, which expect the key 'weight'"
-    patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
+    patched = [name for name in CALLED if name in vars(module)]
     bounded = getattr(module, "max_norm", None) is not None
     otherwise = "max_norm rescales its rows in place when they are looked up (set it to None first)" if bounded else ""
     return f"its {patched[0]} was replaced on this instance" if patched else otherwise
