@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Among them the names that the library itself gives to children and tensors, and those of wrappers.
-KEYS = ("a", "0", "down", "up", "weight", "merge", "core", "order", "_orig_mod", "module", " ", "é ∂", "q_proj", "bias_k",
-        "parametrizations_", "layer.weight"[:5], "'", "\n")  # fmt: skip
+KEYS = (
+    *("a", "0", "down", "up", "weight", "merge", "core", "order", "_orig_mod", "module"),
+    *(" ", "é ∂", "q_proj", "bias_k", "parametrizations_", "layer", "'", "\n"),
+)
 
 
 class Custom(nn.Module):
@@ -191,10 +193,12 @@ class Recipe:
 
     def build(self) -> nn.Module:
         """Build the model: every time the same."""
-        model = self.tree.build(self.seed)
-        for name, one, other, number in self.twists:
-            with contextlib.suppress(Exception):  # not all of them are possible everywhere
-                TWISTS[name](model, _place(model, one), _place(model, other), number)
+        with torch.random.fork_rng(devices=[]):  # spectral_norm draws vectors
+            torch.manual_seed(self.seed)
+            model = self.tree.build(self.seed)
+            for name, one, other, number in self.twists:
+                with contextlib.suppress(Exception):  # not all of them are possible everywhere
+                    TWISTS[name](model, _place(model, one), _place(model, other), number)
         return model
 
     def has(self, *names: str) -> bool:

@@ -149,7 +149,7 @@ def tie(model, one, other, number):
 
 @twist
 def tie_the_next_of_its_kind(model, one, other, number):
-    _, value = _parameter(one, number)
+    name, value = _parameter(one, number)
     for module in model.modules():
         if module is not one and type(module) is type(one) and module._parameters[name].shape == value.shape:
             module._parameters[name] = value
@@ -164,7 +164,7 @@ def tie_whatever_the_shape(model, one, other, number):
 def tie_by_a_view(model, one, other, number):
     _, value = _matrix(one, number)
     flat = value.detach().flatten()
-    own_name, own = _parameter(other, number)
+    own = _parameter(other, number)[1]
     own.data = flat[: own.numel()].reshape(own.shape)
 
 
@@ -203,7 +203,7 @@ def cast(model, one, other, number):
 
 @twist
 def cast_one_parameter(model, one, other, number):
-    _, value = _parameter(one, number)
+    name, value = _parameter(one, number)
     dtype = (torch.complex64, torch.float64, torch.float8_e4m3fn, torch.bfloat16)[number % 4]
     one._parameters[name] = nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad)
 
@@ -327,13 +327,13 @@ def values(model, one, other, number):
 
 @twist
 def sparse_weight(model, one, other, number):
-    _, value = _matrix(one, number)
+    name, value = _matrix(one, number)
     one._parameters[name] = nn.Parameter(value.detach().to_sparse())
 
 
 @twist
 def empty_weight(model, one, other, number):
-    _, value = _matrix(one, number)
+    name, value = _matrix(one, number)
     one._parameters[name] = nn.Parameter(value.detach()[:0])
 
 
@@ -378,7 +378,7 @@ def gradient(model, one, other, number):
 
 @twist
 def hold_in_a_plain_attribute(model, one, other, number):
-    name, value = _parameter(one, number) if number % 4 == 3 else ("", None)
+    value = _parameter(one, number)[1] if number % 4 == 3 else None
     held = ([one], SimpleNamespace(layer=one), functools.partial(one.forward), {"tensor": value})[number % 4]
     other.__dict__["held"] = held
 
@@ -390,7 +390,7 @@ def note(model, one, other, number):
 
 @twist
 def note_by_the_name_of_a_child(model, one, other, number):
-    one.__dict__[("up", "down", "rank", "form", "linear", "q_proj", "ih_l0", "hh")[number]] = "mine"
+    one.__dict__[("up", "down", "rank", "form", "linear", "q_proj", "to_dense", "truncate_")[number]] = "mine"
 
 
 @twist

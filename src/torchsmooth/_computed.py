@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 _HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
+def is_parametrized(module: nn.Module) -> bool:
+    """Tell whether tensors of a module itself are parametrized.
+
+    A wrapper may answer for what is inside of it when torch asks for an attribute.
+    """
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module)
+
+
 def computing(module: nn.Module) -> str:
     """Say what computes a tensor of a module; empty if nothing does."""
-    if parametrize.is_parametrized(module):
+    if is_parametrized(module):
         return "parametrized"
     for hook in _hooks(module).values():
         return "pruned" if isinstance(hook, BasePruningMethod) else "normed"
@@ -30,8 +38,7 @@ def computing(module: nn.Module) -> str:
 
 def type_of(module: nn.Module) -> type[nn.Module]:
     """Return the type that a module has without parametrizations."""
-    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
-    return kind
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
 def random_state_kept(module: nn.Module) -> AbstractContextManager[None]:
@@ -101,7 +108,7 @@ def _of_torch(hook: Any) -> bool:
 
 def _trained(module: nn.Module, name: str) -> bool:
     """Tell whether any of what a tensor is computed from is trained."""
-    if parametrize.is_parametrized(module, name):
+    if is_parametrized(module) and name in module.parametrizations:  # type: ignore[operator]
         parts = module.parametrizations[name].parameters(recurse=False)  # type: ignore[union-attr, index]
     else:
         parts = (value for key, value in module._parameters.items() if key.startswith(f"{name}_") and value is not None)
@@ -111,7 +118,7 @@ def _trained(module: nn.Module, name: str) -> bool:
 def _computed(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped."""
     with random_state_kept(module):
-        parametrizations: Any = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
+        parametrizations: Any = module.parametrizations if is_parametrized(module) else nn.ModuleDict()
         modes = [(one, one.training) for one in parametrizations.modules()]
         try:
             for one, _ in modes:

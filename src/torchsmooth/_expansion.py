@@ -52,6 +52,7 @@ class Expansion:
         self.parameters = _count(model)
         self.origins: dict[nn.Module, Origin] = {}
         self.reasons: dict[nn.Module, str] = {}
+        self._stored: dict[nn.Module, int] = {}  # parameters of what an expanded module was in the model
         self._rounds: list[list[_Place]] = []
 
     def put_in_(self, refusal: Callable[[nn.Module, str], str]) -> None:
@@ -113,8 +114,11 @@ class Expansion:
         _check_untied(name, module, expanded, sharing)
         if source:
             expanded.__dict__[SOURCE] = source
+        stored = self._stored.get(module, _count(module))
         if type(expanded) in KINDS:
-            self.origins[expanded] = Origin(type_of(module).__name__, _entries(module, expanded))
+            others = sum(one.numel() for name, one in expanded.named_parameters() if name != "weight")
+            self.origins[expanded] = Origin(type_of(module).__name__, stored - others)
+        self._stored[expanded] = stored
         return expanded
 
     @property
@@ -288,12 +292,6 @@ def _settle_memory_(expanded: nn.Module, original: nn.Module) -> None:
 
 def _in_order(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=memory_format_of(tensor))
-
-
-def _entries(module: nn.Module, expanded: nn.Module) -> int:
-    """Count what a layer stores of its weight: all its parameters, less those of the expanded one beside its weight."""
-    others = (one for name, one in expanded.named_parameters() if name != "weight")
-    return _count(module) - sum(one.numel() for one in others)
 
 
 def _count(module: nn.Module) -> int:

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ._checks import check_initialised, with_article
+from ._computed import is_parametrized
 from ._lowrank_layer import LowRankLayer, way_to_factor, why_not_plain
 from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
@@ -211,7 +211,7 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     """List the parameters with at least two axes that make up one layer, the largest first."""
     # Attention may have biases of the keys and values, of three axes.
     own = [one for name, one in module._parameters.items() if one is not None and not name.startswith("bias")]
-    if parametrize.is_parametrized(module):
+    if is_parametrized(module):
         own += module.parametrizations.parameters()  # type: ignore[union-attr]
     if isinstance(module, LowRankLayer):
         own += module.parameters()
@@ -255,7 +255,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if module in inside:
             continue
-        if parametrize.is_parametrized(module):
+        if is_parametrized(module):
             inside.update(module.parametrizations.modules())
         if isinstance(module, LowRankLayer):
             inside.update(module.modules())
@@ -275,7 +275,7 @@ def _reason(name: str, module: nn.Module, sharing: Sharing, known: Known) -> str
         return known.reasons[module]
     if isinstance(module, LowRankLayer):
         return f"already low-rank (rank {format_rank(module.rank)})"
-    if parametrize.is_parametrized(module):
+    if is_parametrized(module):
         return "parametrized (call remove_parametrizations first)"
     if _quantised(module):
         return f"{type(module).__name__} is quantised already (compress first, then quantise)"

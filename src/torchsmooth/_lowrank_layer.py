@@ -29,6 +29,9 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+# What a layer is run by: where one of these was replaced on an instance, factors could not do the same.
+CALLED = ("forward", "_conv_forward", "__call__")
+
 # The layers of torch for which there is a LowRank class.
 _FACTORED = (
     nn.Linear,
@@ -269,7 +272,7 @@ def why_not_plain(module: nn.Module, shape: tuple[int, ...]) -> str:
         return f"it has more than a weight and a bias: {quoted(extras)}"
     if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         return "it has state-dict hooks, which expect the key 'weight'"
-    patched = [name for name in ("forward", "_conv_forward", "__call__") if name in vars(module)]
+    patched = [name for name in CALLED if name in vars(module)]
     bounded = getattr(module, "max_norm", None) is not None
     otherwise = "max_norm rescales its rows in place when they are looked up (set it to None first)" if bounded else ""
     return f"its {patched[0]} was replaced on this instance" if patched else otherwise
@@ -350,7 +353,7 @@ def uninitialised(cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:
 
 
 def check_writable(layer: LowRankLayer, what: str) -> None:
-    """Refuse a layer whose factors are no plain parameters any more; ``what`` says what was to be done with it."""
+    """Refuse a layer whose factors are no plain parameters in one place; ``what`` says what was to be done with it."""
     for child in (getattr(layer, name) for name in layer.factor_children):
         weight = child._parameters.get("weight")
         if not isinstance(weight, Tensor) or is_quantised(weight):
@@ -360,6 +363,12 @@ def check_writable(layer: LowRankLayer, what: str) -> None:
                 f"{type(child).__name__} {now} (quantised, pruned or parametrized after it was compressed). Do it "
                 "before quantising; prune.remove or remove_parametrizations makes the others plain again."
             )
+    devices = sorted({str(one.device) for one in layer.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"a {type(layer).__name__} cannot be {what}: its parameters are on {' and '.join(devices)}. Bring them "
+            "together with .to(device)."
+        )
 
 
 def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -> _Module:

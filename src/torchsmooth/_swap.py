@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ._lowrank_layer import LowRankLayer
+from ._lowrank_layer import CALLED, LowRankLayer
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv2d
 from .lowrank_embedding import LowRankEmbedding
@@ -71,8 +71,9 @@ def take_over_hooks_(new: nn.Module, old: nn.Module, *, private: bool = False) -
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
     for name, value in vars(old).items():
-        # One by the name of a child would hide it.
-        if name in _STANDARD or name in new._modules or (name.startswith("_torchsmooth") and name != SOURCE):
+        # One by the name of a child or a method would hide it.
+        hiding = name in new._modules or (hasattr(type(new), name) and name not in CALLED)
+        if name in _STANDARD or hiding or (name.startswith("_torchsmooth") and name != SOURCE):
             continue
         if private or not name.startswith("_"):
             new.__dict__.setdefault(name, value)
