@@ -317,6 +317,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_lowrank_layer",
         "_computed",
         "_expansion",
+        "_undo",
         "layer_types",
         "_linear_parts",
         "_attend",

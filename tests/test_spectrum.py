@@ -150,8 +150,9 @@ def test_a_tucker_basis_is_not_used_for_another_weight(seed, sizes, scaled):
 @given(convolutions(least=2), st.sampled_from(DTYPES))
 def test_bases_of_channel_and_input_are_those_of_tucker(case, dtype):
     conv = case[0].to(dtype)
-    together = options_of(FoundLayer("conv", conv), ("auto",), 1.0)["tucker"]
-    alone = options_of(FoundLayer("conv", conv), ("tucker",), 1.0)["tucker"]
+    found = FoundLayer("conv", conv, "Conv2d", conv.weight.numel())
+    together = options_of(found, ("auto",), 1.0, keep_bases=True)["tucker"]
+    alone = options_of(found, ("tucker",), 1.0, keep_bases=False)["tucker"]
     assert torch.allclose(together.errors, alone.errors, rtol=1e-6, atol=1e-12)
 
 
