@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -93,6 +94,11 @@ def correlated(rows, columns, seed, dtype=torch.float64):
 # What it reaches
 
 
+# What is exact where the rows are trusted.
+trusted = patch.object(room, "_DOUBT", 0.0)
+
+
+@trusted
 @settings(max_examples=25)
 @given(seeds, st.integers(1, 4), st.booleans())
 def test_the_first_layer_is_the_reduced_rank_regression(seed, rank, bias):
@@ -382,12 +388,25 @@ def test_one_row_is_enough_and_says_nothing_of_other_directions():
     dense = copy.deepcopy(model)
     row = randn(1, 6, seed=0)
     refit_(model, [row], {"0": 4})
-    assert torch.allclose(outputs(model, [row]), outputs(dense, [row]), atol=1e-2)
+    assert torch.allclose(outputs(model, [row]), outputs(dense, [row]), atol=5e-2)
     away = torch.linalg.svd(row).Vh[1:]
     free = truncate_(copy.deepcopy(dense), {"0": 4})
     assert misfit(outputs(model, [away]), outputs(dense, [away])) < 2 * misfit(
         outputs(free, [away]), outputs(dense, [away])
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_rows_are_not_taken_at_their_word(seed):
+    dense = fill_(nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 20, bias=False)), seed).double()
+    rows, others = randn(36, 40, seed=seed + 10), randn(2000, 40, seed=seed + 20)
+    lost = {}
+    for doubt in (0.0, room._DOUBT):
+        model = copy.deepcopy(dense)
+        with patch.object(room, "_DOUBT", doubt):
+            refit_(model, [rows], {"0": 20, "1": 16})
+        lost[doubt] = misfit(outputs(model, [others]), outputs(dense, [others]))
+    assert lost[room._DOUBT] < lost[0.0]
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
@@ -443,6 +462,7 @@ def test_a_shared_module_is_fitted_to_all_of_its_calls():
     assert misfit(outputs(model, [inputs]), wanted) < 0.7 * misfit(outputs(free, [inputs]), wanted)
 
 
+@trusted
 def test_a_tied_bias_is_left_alone_and_not_brought_a_second_time():
     class TiedBias(nn.Module):
         def __init__(self):
