@@ -47,6 +47,8 @@ class PackedLinear(nn.Module):
 
 def _unpacked(layer: Packed) -> nn.Module:
     rows, outputs = layer.packed.shape
+    if not layer.packed.numel():
+        raise ValueError("it is empty")
     linear = nn.Linear(1, 1)  # torch warns of layers that are made without entries; this one draws random numbers
     linear.in_features, linear.out_features = rows - 1, outputs
     linear.weight = nn.Parameter(layer.packed[1:].T)
