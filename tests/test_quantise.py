@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.low_rank_networks import difference, network
 from tests.networks import mlp, same, snapshot
-from tests.strategies import randn
+from tests.strategies import fill_, randn
 from torchsmooth import LowRankLinear, load_compressed_, restore_dense_, svd_compress_
 
 quantization = pytest.importorskip("torchao.quantization")
@@ -165,3 +165,19 @@ def test_a_quantised_model_compiles_to_one_graph(config):
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             assert difference(compiled(inputs), model(inputs)) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.*:DeprecationWarning", "ignore:.*quantiz.*:UserWarning")
+def test_layers_that_are_quantised_already_stay_as_they_are_with_the_reason():
+    model = fill_(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 32)), 0)
+    quantization.quantize_(model, CONFIGS["weight_only"](), filter_fn=lambda _, name: name == "2")
+    kept = model[2].weight
+    model = torch.ao.quantization.quantize_dynamic(model, {"0"}, dtype=torch.qint8)
+    inputs = randn(4, 32, seed=1, dtype=torch.float32)
+    first = model[0]
+    report = svd_compress_(model, 0.1)
+    assert report["0"].reason == "Linear is quantised already (compress first, then quantise)"
+    assert report["2"].reason == f"weight is quantised, an {type(kept).__name__} (compress first, then quantise)"
+    assert [one.name for one in report.compressed] == ["3"]
+    assert model[0] is first
+    assert torch.isfinite(model(inputs)).all()
