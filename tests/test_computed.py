@@ -15,11 +15,11 @@ from torchsmooth import plan_compression, svd_compress_
 class Refusing(nn.Module):
     """Works while it is put on, and never after, like what has no kernel for a dtype."""
 
-    refuses = False
+    error = None
 
     def forward(self, weight):
-        if self.refuses:
-            raise RuntimeError("no kernel")
+        if self.error is not None:
+            raise self.error
         return weight
 
 
@@ -47,11 +47,12 @@ def two_layers():
     return fill_(nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12)), 0)
 
 
-def test_what_cannot_be_computed_stays_with_the_reason():
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, NotImplementedError])
+def test_what_cannot_be_computed_stays_with_the_reason(error):
     model = two_layers()
     parametrization = Refusing()
     parametrize.register_parametrization(model[0], "weight", parametrization)
-    parametrization.refuses = True
+    parametrization.error = error("no kernel")
     report = svd_compress_(model, 0.1, parametrized="merge")
     assert report["0"].reason == "parametrized, but what is computed cannot be: no kernel"
     assert [one.name for one in report.compressed] == ["1"]

@@ -306,7 +306,7 @@ def check_count(report: CompressionReport, expected: int, recipe: Recipe) -> Non
 _edits = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(recipes(), _requests, _requests, _edits)
 def test_any_model_is_compressed_or_left_as_it_was(recipe, first, second, edits):
     assert run(recipe, first, second, edits) in ("compressed", "error")

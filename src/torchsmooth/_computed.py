@@ -63,7 +63,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """
     try:
         computed = dict(_computed(module))
-    except RuntimeError as error:  # of torch, say because there are no kernels for this dtype or device
+    except (RuntimeError, TypeError) as error:  # of torch: no kernels for this dtype, device or layout
         raise ValueError(f"{computing(module)}, but what is computed cannot be: {error}") from error
     kind = type_of(module)
     plain = kind.__new__(kind)
