@@ -71,7 +71,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--sentences", type=int, default=200, help="how many to measure on")
-    parser.add_argument("--calibration", type=int, default=512, help="how many to calibrate with, in batches of 64")
+    parser.add_argument("--calibration", type=int, default=256, help="how many to calibrate with, in batches of 64")
     arguments = read_arguments(parser)
     model, tokenizer = load_minilm()
     model.to(arguments.device)

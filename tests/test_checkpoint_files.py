@@ -316,6 +316,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured in units that differ by system")
 def test_memory_is_that_of_a_few_layers_not_of_the_file(tmp_path):
     layer = randn(32, 8192, seed=0, dtype=torch.float32)  # 1 MiB

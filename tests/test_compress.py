@@ -24,7 +24,7 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("allocation", ["budget", "uniform"])
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.floats(0.05, 0.85), seeds, st.sampled_from([mlp, small_resnet]))
 def test_the_model_that_comes_out_has_the_parameters_asked_for(allocation, ratio, seed, build):
     model = build(seed)
@@ -56,7 +56,7 @@ def test_the_one_line_does_what_plan_and_apply_do(kwargs):
     assert (report.macs_before is None) == ("target" not in kwargs)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(seeds, st.floats(0.1, 0.85))
 def test_no_layer_grows_and_none_is_missing_from_the_report(seed, ratio):
     model = small_resnet(seed)
@@ -75,7 +75,7 @@ def test_no_layer_grows_and_none_is_missing_from_the_report(seed, ratio):
             assert layer.parameters_after == layer.parameters_before == module.weight.numel()
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(seeds)
 def test_reported_errors_are_measured_on_the_factors(seed):
     model = small_resnet(seed)
@@ -113,7 +113,7 @@ def test_an_exact_low_rank_network_computes_the_same(build):
     assert torch.allclose(model(inputs), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seeds, st.floats(0.2, 0.8))
 def test_restoring_gives_the_dense_architecture_with_the_compressed_function(seed, ratio):
     model = small_resnet(seed)
@@ -129,7 +129,7 @@ def test_restoring_gives_the_dense_architecture_with_the_compressed_function(see
     assert torch.allclose(model(IMAGES), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seeds, st.floats(0.2, 0.8))
 def test_compressing_a_restored_model_to_the_same_plan_changes_nothing_more(seed, ratio):
     model = small_resnet(seed)

@@ -25,6 +25,7 @@ def total_loss(plan):
     return sum(float(one.options[one.scheme].losses[one.rank]) for one in plan if one.scheme)
 
 
+@settings(max_examples=15)
 @given(seeds, st.floats(0.05, 0.85), FORMS, st.sampled_from([mlp, small_resnet]))
 def test_the_model_that_comes_out_has_the_planned_parameters_and_forms(seed, ratio, form, build):
     model = build(seed)
@@ -40,7 +41,7 @@ def test_the_model_that_comes_out_has_the_planned_parameters_and_forms(seed, rat
             assert layer.parameters_after == done.parameters_after == stored < layer.parameters_before
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seeds, st.floats(0.3, 0.8))
 def test_auto_loses_no_more_than_either_form_alone(seed, ratio):
     model = small_resnet(seed)

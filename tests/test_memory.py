@@ -43,7 +43,7 @@ CASES = {
     ("case", "dtype", "size"),
     [
         ("either form", "bfloat16", 2),
-        ("planned", "float32", 4),
+        pytest.param("planned", "float32", 4, marks=pytest.mark.slow),
         pytest.param("factored", "float32", 4, marks=pytest.mark.slow),
         pytest.param("either form", "float32", 4, marks=pytest.mark.slow),
         pytest.param("planned", "bfloat16", 2, marks=pytest.mark.slow),

@@ -51,7 +51,7 @@ def test_nothing_but_zeros_has_no_importance():
     assert importances([]) == []
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seeds, st.floats(0.2, 0.8))
 def test_losses_are_absolute_errors_up_to_one_factor(seed, ratio):
     model = small_resnet(seed)

@@ -41,6 +41,7 @@ def next_triples(plan):
 
 
 @pytest.mark.parametrize("allocation", ["budget", "uniform"])
+@settings(max_examples=15)
 @given(RATIOS, seeds, st.sampled_from([mlp, small_resnet]))
 def test_the_budget_is_exact(allocation, ratio, seed, build):
     model = build(seed)

@@ -15,7 +15,7 @@ from tests.strategies import seeds
 from torchsmooth import plan_compression, sweep
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(
     seeds,
     st.lists(st.floats(0.05, 0.85), min_size=1, max_size=4),

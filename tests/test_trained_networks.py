@@ -20,11 +20,11 @@ def test_images(shared_data_folder):
 @pytest.mark.parametrize(
     ("name", "ratio", "most"),
     [
-        ("plain", 0.5, 1.5),
+        pytest.param("plain", 0.5, 1.5, marks=pytest.mark.slow),
         ("plain", 0.7, 3.5),
         ("tail_80", 0.8, 1.5),
-        ("nuclear_1e-3", 0.7, 2.0),
-        ("first_derivative_1e-3", 0.7, 2.5),
+        pytest.param("nuclear_1e-3", 0.7, 2.0, marks=pytest.mark.slow),
+        pytest.param("first_derivative_1e-3", 0.7, 2.5, marks=pytest.mark.slow),
     ],
 )
 def test_a_trained_network_keeps_its_accuracy(name, ratio, most, test_images, capsys):
@@ -44,7 +44,7 @@ def test_a_trained_network_keeps_its_accuracy(name, ratio, most, test_images, ca
 @pytest.mark.parametrize(
     ("name", "ratio", "images", "most", "gain"),
     [
-        ("plain", 0.9, 384, 14.0, 3.0),
+        pytest.param("plain", 0.9, 384, 14.0, 3.0, marks=pytest.mark.slow),
         pytest.param("plain", 0.9, 1024, 12.0, 3.0, marks=pytest.mark.slow),
         # Near the dense accuracy both are the same to the noise of 2,000 images.
         pytest.param("plain", 0.8, 1024, 3.5, -1.0, marks=pytest.mark.slow),
