@@ -33,7 +33,7 @@ STATE_HOOKS = (
 CALLED = ("forward", "_conv_forward", "__call__")
 
 # The layers of torch for which there is a LowRank class.
-_FACTORED = (
+PLAIN_LAYERS = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -296,7 +296,7 @@ def check_source(module: nn.Module, expected: type[nn.Module], shape_of: Any) ->
     """Return the weight of a layer that is about to be factored, or say why it cannot be."""
     name = type(module).__name__
     if not isinstance(module, expected):
-        other = next((one for one in _FACTORED if isinstance(module, one)), None)
+        other = next((one for one in PLAIN_LAYERS if isinstance(module, one)), None)
         advice = f" Use {way_to_factor(other)} for that." if other else ""
         raise TypeError(f"expected a torch.nn.{expected.__name__}, got {describe(module)}.{advice}")
     weight = module._parameters.get("weight")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ._checks import check_function, describe
+from ._lowrank_layer import PLAIN_LAYERS
 from .attention import LowRankMultiheadAttention
 from .recurrent import LowRankGRU, LowRankLSTM, LowRankRNN
 from .recurrent_cells import LowRankGRUCell, LowRankLSTMCell, LowRankRNNCell
@@ -125,20 +126,6 @@ def register_layer(
     for name, function in (("expand", expand), ("collapse", collapse)):
         if name == "expand" or function is not None:
             check_function(function, name, "a layer", 1)
-    if layer_type in PLAIN:
+    if layer_type in PLAIN_LAYERS:
         raise ValueError(f"layer_type must not be a plain layer, got {layer_type.__name__}: it is known already.")
     _TYPES[layer_type] = LayerType(expand, collapse)
-
-
-PLAIN = frozenset(
-    {
-        nn.Linear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-        nn.Embedding,
-    }
-)
