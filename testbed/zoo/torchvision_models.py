@@ -9,6 +9,7 @@ from torch import nn
 
 from testbed.torchvision_import import import_torchvision
 from testbed.zoo.entry import Entry, noise
+from testbed.zoo.torchvision_layers import register_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ _BLOCKS = 4
 
 def torchvision_entries() -> Iterator[Entry]:
     """Yield an entry for every model of torchvision."""
-    models = import_torchvision().models
+    torchvision = import_torchvision()
+    register_layers(torchvision)
+    models = torchvision.models
     namespaces: dict[str, tuple[Any, Callable[[str], Entry]]] = {
         "classification": (models, _classifier),
         "segmentation": (models.segmentation, _segmenter),
