@@ -57,16 +57,9 @@ class Expansion:
 
     def put_in_(self, refusal: Callable[[nn.Module, str], str]) -> None:
         """Put expanded modules in the place of the originals; also of those inside what was expanded already."""
-        looking = True
-        while looking:
-            looking, sharing = False, Sharing(self._model)
-            places, inside = [], set[nn.Module]()
-            for name, module in self._model.named_modules():
-                # A bare root has no place, and what is inside of an original goes with it; perhaps in the next round.
-                if not name or module in inside or module in self.reasons or not _composite(module):
-                    continue
-                looking = True
-                inside.update(module.modules())
+        while composites := self._composites():
+            sharing, places = Sharing(self._model), []
+            for name, module in composites:
                 reason = refusal(module, name)
                 if not reason:
                     try:
@@ -80,6 +73,16 @@ class Expansion:
                     places.append(_Place(module, expanded))
             self._rounds.append(places)
             swap_(self._model, {one.original: one.expanded for one in places})
+
+    def _composites(self) -> list[tuple[str, nn.Module]]:
+        """List what may still be expanded; what is inside of it goes with it, and perhaps has its turn in the next round."""
+        found, inside = [], set[nn.Module]()
+        for name, module in self._model.named_modules():
+            # A bare root has no place.
+            if name and module not in inside and module not in self.reasons and _composite(module):
+                found.append((name, module))
+                inside.update(module.modules())
+        return found
 
     def _expanded(self, name: str, module: nn.Module, sharing: Sharing) -> nn.Module:
         """Write one layer in plain ones.
