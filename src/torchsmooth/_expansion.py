@@ -75,7 +75,7 @@ class Expansion:
             swap_(self._model, {one.original: one.expanded for one in places})
 
     def _composites(self) -> list[tuple[str, nn.Module]]:
-        """List what may still be expanded; what is inside of it goes with it, and perhaps has its turn in the next round."""
+        """List what may still be expanded; what is inside of it goes with it, perhaps to have its turn afterwards."""
         found, inside = [], set[nn.Module]()
         for name, module in self._model.named_modules():
             # A bare root has no place.
