@@ -17,7 +17,7 @@ from tests.reference.lowrank import group_matrices, truncated_weight
 from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn, seeds
 from torchsmooth import LowRankConv2d, LowRankLinear, restore_dense_
 from torchsmooth._layers import KINDS
-from torchsmooth._linalg import truncated_factors
+from torchsmooth._leading import truncated_factors
 from torchsmooth._matricise import SCHEMES
 from torchsmooth._pivoted_modules import ChannelMerge, ChannelSplit, PivotedConv2d
 from torchsmooth._pivoting import GROWTH

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.strategies import HARD_KINDS, hard_matrices, hard_matrix, randn, seeds
 from torchsmooth import _pivoting
-from torchsmooth._linalg import LinAlgError, truncated_factors
+from torchsmooth._leading import truncated_factors
+from torchsmooth._linalg import LinAlgError
 from torchsmooth._pivoting import GROWTH, listed, pivoted_rows, why_no_order, with_identity
 
 # Rounding of a product of this size in float64, relative to the norms of its factors.

@@ -18,7 +18,7 @@ from torchsmooth import LowRankLinear, plan_compression, recalibrate_batchnorm_,
 from torchsmooth import _refit as room
 from torchsmooth._calibration import NOT_REACHED, TOO_WIDE, Calibration
 from torchsmooth._layers import KINDS
-from torchsmooth._linalg import truncated_factors
+from torchsmooth._leading import truncated_factors
 from torchsmooth._lowrank_layer import LowRankLayer
 from torchsmooth._matricise import distinct_schemes
 from torchsmooth._moments import Moments

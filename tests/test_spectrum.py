@@ -16,7 +16,8 @@ from tests.networks import mlp, small_resnet
 from tests.strategies import convolutions, hard_matrices, randn, seeds
 from torchsmooth import plan_compression, sweep
 from torchsmooth._layers import FoundLayer
-from torchsmooth._linalg import decompose, factors_in, truncated_factors
+from torchsmooth._leading import truncated_factors
+from torchsmooth._linalg import decompose, factors_in
 from torchsmooth._options import options_of
 from torchsmooth._spectrum import Spectrum
 from torchsmooth._tucker import tucker_factors

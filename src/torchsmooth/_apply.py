@@ -10,7 +10,7 @@ from torch import nn
 
 from ._checks import check_values
 from ._layers import KINDS, FoundLayer, find_layers, weight_of
-from ._linalg import LinAlgError, pieces, working_copy
+from ._linalg import LinAlgError, squared_norms, working_copy
 from ._lowrank_layer import multiply_out
 from ._options import decomposition_work, undecomposed
 from ._ranks import ALONE
@@ -168,13 +168,9 @@ def _truncate_(replacement: LowRankLayer, layer: LayerPlan, choice: Choice, modu
 def measured_error(dense: nn.Module, low_rank: LowRankLayer) -> float:
     """Return ‖W − Ŵ‖_F / ‖W‖_F of a layer and what takes its place, as it is stored."""
     weight = weight_of(dense).detach()
-    largest = float(working_copy(torch.maximum(weight.amax(), -weight.amin())))
+    largest = working_copy(torch.maximum(weight.amax(), -weight.amin()))
     if largest == 0:
         return 0.0
-    missed, whole = 0.0, 0.0
     product = multiply_out(low_rank)
-    for exact, stored in zip(pieces(weight.flatten(1)), pieces(product.flatten(1)), strict=True):
-        # Divided first, or the squares of very large and very small entries would leave the range of float64.
-        missed += float((exact / largest - stored.to(exact.device) / largest).square().sum())
-        whole += float((exact / largest).square().sum())
-    return math.sqrt(missed / whole)
+    missed = squared_norms((weight.to(product.dtype) - product).flatten(1), largest)
+    return math.sqrt(float(missed) / float(squared_norms(weight.flatten(1), largest)))

@@ -190,7 +190,7 @@ def measured(weight: Tensor, scheme: Scheme, groups: int, *, transposed: bool) -
         "shape": tuple(weight.shape),
         "scheme": scheme,
         "matrix_shape": (layout.rows, layout.columns),
-        "singular_values": values if empty else singular_values(matrices).cpu(),
+        "singular_values": values if empty else singular_values(matrices, exact=True).cpu(),
         "first_difference": first,
         "second_difference": second,
     }

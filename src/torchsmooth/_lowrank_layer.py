@@ -11,7 +11,8 @@ from torch.nn.utils import skip_init
 
 from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, is_quantised, kind_of_tensor, quoted
 from ._given_factors import checked_copies
-from ._linalg import balanced, truncated_factors, working_copy
+from ._leading import truncated_factors
+from ._linalg import balanced, working_copy
 from ._matricise import FORMS
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._linalg import pieces, working_copy
+from ._linalg import squared_norms, working_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +41,8 @@ def relative_importances(log_norms: Sequence[float]) -> list[float]:
 
 def log_norm(weight: Tensor, rows: int = 1) -> float:
     """Return log2 of ‖W‖_F over √rows: the norm, or a square on the way to it, may leave the range of float64."""
-    largest = float(working_copy(torch.maximum(weight.detach().amax(), -weight.detach().amin())))
+    largest = working_copy(torch.maximum(weight.detach().amax(), -weight.detach().amin()))
     if largest == 0:
         return -math.inf
-    squares = [float((piece / largest).square().sum()) for piece in pieces(weight.detach().flatten(1))]
-    return (math.log2(math.fsum(squares)) - math.log2(rows)) / 2 + math.log2(largest)
+    square = float(squared_norms(weight.detach().flatten(1), largest))
+    return (math.log2(square) - math.log2(rows)) / 2 + math.log2(float(largest))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from ._layers import KINDS, weight_of
-from ._linalg import LinAlgError, working_copy
+from ._linalg import LARGE, LinAlgError, working_copy
 from ._matricise import Matricisation
 from ._moments import check_moments
 from ._spectrum import Spectrum
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 # What a decomposition takes at least, in multiplications in its time: the calls themselves.
 _OVERHEAD = 10**6
 
-# Bytes of bases that a plan keeps at most, unless those of a few of the largest layers take more.
-_ROOM, _LAYERS = 1 << 26, 2
+# Bytes of bases that a plan keeps in any case; at most, if that is no more than the weights take in float32; and of how
+# many of the largest layers, whatever they take.
+_ROOM, _MOST, _LAYERS = 1 << 26, 1 << 29, 2
 
 # The side of a scheme's matrix on which a basis of Tucker-2 lies.
 _TUCKER_SIDES: dict[LayerScheme, str] = {"channel": "up", "input": "down"}
@@ -42,11 +43,12 @@ def bases_kept(layouts: Mapping[str, Iterable[Layout]]) -> set[str]:
     Args:
         layouts: the schemes of each layer, by name.
     """
-    needs = {
-        name: sum(8 * one.groups * one.full_rank**2 for one in several if isinstance(one, Matricisation))
-        for name, several in layouts.items()
-    }
-    kept, room = set(), max(_ROOM, _LAYERS * max(needs.values(), default=0))
+    needs, weights = {}, 0
+    for name, several in layouts.items():
+        matrices = [one for one in several if isinstance(one, Matricisation)]
+        needs[name] = sum((4 if one.full_rank >= LARGE else 8) * one.groups * one.full_rank**2 for one in matrices)
+        weights += max((4 * one.groups * one.rows * one.columns for one in matrices), default=0)
+    kept, room = set(), max(_ROOM, min(_MOST, weights), _LAYERS * max(needs.values(), default=0))
     for name, need in needs.items():
         if need <= room:
             kept.add(name)

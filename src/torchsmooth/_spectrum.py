@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ._linalg import decompose, factors_in, pieces, relative_tail_energies, singular_values, truncated_factors
+from ._leading import is_few, truncated_factors
+from ._linalg import decompose, factors_in, relative_tail_energies, singular_values, squared_norms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How far, relative to the largest singular value of its group, a weight may be from the one that was decomposed.
-_SAME = 1e-6
+# How far, relative to the largest one of its group, squared singular values may be from those that were found first: a
+# weight may be decomposed in float32 one time, and in another way the next.
+_SAME = 2e-5
+# The same for the squared norm of the weight.
+_SAME_NORM = 1e-5
 
 
 class Decomposition(Protocol):
@@ -31,9 +35,9 @@ class Decomposition(Protocol):
 class Spectrum:
     """The singular values of a weight in one matricisation and, once it is known, the basis of its small side.
 
-    It holds no weight: k numbers for each group, k the full rank, and k × k for a basis, in float64 on the CPU. A basis
-    is k / n as large as a weight of k × n in float64, at most twice as large as one in float32. Copies share it;
-    pickles leave the basis out, as it can be computed again.
+    It holds no weight: k numbers for each group, k the full rank, and k × k for a basis, on the CPU. A basis is at most
+    as large as a weight in float32, for small or smooth ones twice as large. Copies share it; pickles leave the basis
+    out, as it can be computed again.
 
     Args:
         matrices: ``(groups, m, n)``, any floating dtype, finite.
@@ -74,6 +78,8 @@ class Spectrum:
         """
         basis = self._basis
         if basis is None:
+            if not self._keep and is_few(matrices, rank):
+                return truncated_factors(matrices, rank)
             values, basis = decompose(matrices)
             if not self._agrees(values):  # the weight of another model: nothing to keep
                 return factors_in(basis[..., :rank], matrices)[:2]
@@ -83,19 +89,18 @@ class Spectrum:
 
     def _agrees(self, values: Tensor) -> bool:
         """Check singular values against those known here, in each group."""
-        kept = self._values[..., : values.shape[-1]]
-        return bool(((values.cpu() - kept).abs() <= _SAME * kept.amax(-1, keepdim=True)).all())
+        scale = self._values.amax(-1, keepdim=True)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # or squares would leave the range of float64
+        found, kept = ((one / scale).square() for one in (values.cpu(), self._values[..., : values.shape[-1]]))
+        return bool(((found - kept).abs() <= _SAME).all())
 
     def _holds(self, sizes: Tensor, matrices: Tensor) -> bool:
         """Check that the basis belongs to the matrices: what it holds of them, and what it leaves, is as it was."""
         scale = self._values.amax(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        wide = matrices.detach()
-        per_group = scale[:, None, None]
-        parts = ((piece / per_group.to(piece.device)).square().sum((-2, -1)).cpu() for piece in pieces(wide))
-        whole = torch.stack(list(parts)).sum(0)
+        whole = squared_norms(matrices.detach(), scale)
         expected = (self._values / scale.unsqueeze(-1)).square().sum(-1)
-        return self._agrees(sizes) and bool(((whole - expected).abs() <= _SAME * expected).all())
+        return self._agrees(sizes) and bool(((whole - expected).abs() <= _SAME_NORM * expected).all())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spectrum:
         return self  # nothing of it ever changes, but that a basis comes to be known

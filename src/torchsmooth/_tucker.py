@@ -69,7 +69,7 @@ def tucker_bases(tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _small_side(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
-    return decompose(matrices)[1] if rows <= columns else _basis(working_copy(matrices), columns, exact=True)
+    return decompose(matrices)[1].double() if rows <= columns else _basis(working_copy(matrices), columns, exact=True)
 
 
 def tucker_core(tensors: Tensor, outer: Tensor, inner: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ._checks import check_choice, check_count, check_open_unit, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
-from ._linalg import decompose
+from ._leading import leading_basis
 from ._matricise import FORMS, Matricisation
 from ._registered import name_of, penalties_of, unwrapped
 from ._tucker import tucker_core, tucker_factors, tucker_product
@@ -226,7 +226,7 @@ class _Projection:
             outer, _, inner = tucker_factors(self._layout.to_tensors(weight), self.rank)
             bases = [outer, inner.mT]
         else:
-            bases = [decompose(self._layout.to_matrices(weight))[1][..., : self.rank]]
+            bases = [leading_basis(self._layout.to_matrices(weight), self.rank)]
         # Clones, or the slices would keep the whole bases in memory.
         self.bases = tuple(
             basis.to(weight.device, _working(weight.dtype), copy=True, memory_format=torch.contiguous_format)
