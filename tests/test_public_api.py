@@ -52,6 +52,10 @@ SIGNATURES = {
         "rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
         "progress=None)"
     ),
+    "tune_": (
+        "(model, example_inputs, *, executions=('factored', 'pivoted', 'dense'), memory_format='auto', progress=None)"
+    ),
+    "TuningReport": "(layers, memory_format, seconds_before, seconds_after)",
     "attach_": "(optimizer, model, *, every=1, schedule=None)",
     "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
     "NuclearRatio": "(strength=0.01, scheme='channel', method='auto')",
@@ -335,6 +339,11 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_budget",
         "_prices",
         "_objective",
+        "_leading",
+        "_execution",
+        "_derive",
+        "_memory_format",
+        "tuning",
         "_spectrum",
         "_options",
         "_progress",

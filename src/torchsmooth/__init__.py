@@ -35,6 +35,7 @@ from .report import CompressionReport
 from .schedules import StrengthSchedule
 from .spectra import Spectrum, plot_spectra, spectrum
 from .tucker import TuckerConv2d
+from .tuning import TuningReport, tune_
 
 try:
     __version__ = version("torchsmooth")
@@ -68,6 +69,7 @@ __all__ = [
     "Spectrum",
     "StrengthSchedule",
     "TuckerConv2d",
+    "TuningReport",
     "attach_",
     "compress_checkpoint",
     "functional",
@@ -86,4 +88,5 @@ __all__ = [
     "spectrum",
     "svd_compress_",
     "sweep",
+    "tune_",
 ]

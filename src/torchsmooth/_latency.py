@@ -31,7 +31,7 @@ _PAIRS = 9  # the same for pairs of ranks
 _Times = dict[tuple["LayerScheme", "Form"], dict["Rank", int]]
 
 
-class _Calls(NamedTuple):
+class Calls(NamedTuple):
     """What a layer was called with first, and how often it was called."""
 
     args: tuple[Any, ...]
@@ -62,9 +62,9 @@ def measure_times(
     known: dict[object, tuple[int, _Times]] = {}
     measured: dict[str, tuple[int, int, _Times]] = {}
     with observing(model):
-        device = _device_of(model)
+        device = device_of(model)
         (whole,) = median_nanoseconds([partial(inputs.run, model)], device)
-        calls = _observe_calls(model, inputs, {module for _, module in layers.values()})
+        calls = observe_calls(model, inputs, {module for _, module in layers.values()})
         for name, (layer, module) in progress(layers.items(), "Timing layers", len(layers), show):
             if module not in calls:
                 measured[name] = 0, 0, {}
@@ -119,24 +119,26 @@ def compare_times(
     try:
         with observing(everything):
             run = partial(inputs.run, model)
-            before, after = median_nanoseconds([run, run], _device_of(model), ready)
+            before, after = median_nanoseconds([run, run], device_of(model), ready)
     finally:
         expansion.put_back_()
         swap_(model, back)
     return before / 1e9, after / 1e9
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model computes."""
     return next((one.device for one in model.parameters()), torch.device("cpu"))
 
 
-def _observe_calls(model: nn.Module, inputs: Inputs, modules: set[nn.Module]) -> dict[nn.Module, _Calls]:
-    found: dict[nn.Module, _Calls] = {}
+def observe_calls(model: nn.Module, inputs: Inputs, modules: set[Any]) -> dict[nn.Module, Calls]:
+    """Run a model, and note what some of its modules were called with."""
+    found: dict[nn.Module, Calls] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module in modules and args:
-            first = found.get(module, _Calls(args, 0))
-            found[module] = _Calls(first.args, first.times + 1)
+            first = found.get(module, Calls(args, 0))
+            found[module] = Calls(first.args, first.times + 1)
 
     # A hook for all modules: hooks of its own would keep nn.TransformerEncoderLayer from running its layers fused, and
     # what is fused gets no faster by a low-rank layer.

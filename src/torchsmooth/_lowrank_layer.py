@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ._checks import FLOAT_DTYPES, check_choice, check_count, describe, is_quantised, kind_of_tensor, quoted
+from ._execution import active, derived_of
 from ._given_factors import checked_copies
 from ._leading import truncated_factors
 from ._linalg import balanced, working_copy
@@ -78,6 +79,15 @@ class LowRankLayer(nn.Module):
         return bias
 
     @property
+    def execution(self) -> str:
+        """How the layer is run in eval mode where no gradients are wanted: its ``form``, or what ``tune_`` has chosen.
+
+        Factors that were changed since, and children with hooks, are run as they are stored in any case.
+        """
+        derived = derived_of(self)
+        return self.form if derived is None or not derived.is_fresh() else derived.execution
+
+    @property
     def bias_owner(self) -> nn.Module:
         """The child that holds the bias."""
         owner = self._modules.get("merge") or self._modules["up"]
@@ -115,7 +125,17 @@ class LowRankLayer(nn.Module):
         """Merge the factors into the layer of torch that they stand for; this layer is not changed."""
 
     def _form_repr(self) -> str:
-        return "" if self.form == "factored" else f", form={self.form}"
+        form = "" if self.form == "factored" else f", form={self.form}"
+        return form if self.execution == self.form else f"{form}, execution={self.execution}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - as torch has it
+        derived = derived_of(self)
+        fresh = derived is not None and derived.is_fresh()
+        done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if derived is not None:
+            derived.module._apply(fn)  # type: ignore[no-untyped-call]
+            derived.renew_(fresh=fresh)
+        return done
 
     def _factor(self, child: str) -> Tensor:
         weight: Tensor = getattr(self, child).weight
@@ -146,7 +166,10 @@ class TwoFactorLayer(LowRankLayer):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """Apply ``down``, then ``up``; in the pivoted form, the pivots go past one of them."""
         output: Tensor
-        if "merge" in self._modules:
+        derived = active(self)
+        if derived is not None:
+            output = derived(input)
+        elif "merge" in self._modules:
             pivots = self.down(input)
             output = self.merge(pivots, self.up(pivots))
         elif "split" in self._modules:

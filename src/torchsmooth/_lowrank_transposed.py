@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._checks import describe
+from ._execution import active
 from ._geometry import CONVOLUTIONS, TRANSPOSED, geometry_of, spelled_out
 from ._lowrank_conv import ConvolutionInTwo
 from ._pivoted_modules import ChannelMerge, ChannelSplit
@@ -85,7 +86,10 @@ class LowRankTransposedConvolution(ConvolutionInTwo):
         if output_size is None:  # also where a factor is now of another class, which may not know of sizes
             return super().forward(input)
         output: Tensor
-        if "split" in self._modules:
+        derived = active(self)
+        if derived is not None:
+            output = derived(input, output_size)
+        elif "split" in self._modules:
             pivots, others = self.split(input)
             output = self.up(pivots + self.down(others), output_size)
         elif self.matricisation.inputs_first == "up":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_values
+from ._execution import active
 from ._geometry import HasGeometry, geometry_of, spelled_out
 from ._given_factors import checked_copies
 from ._linalg import eigen
@@ -132,6 +133,10 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
         """Apply ``down``, ``core`` and ``up``; in the pivoted form, the pivots go past the first and the last."""
         output: Tensor
+        derived = active(self)
+        if derived is not None:
+            output = derived(input)
+            return output
         if "merge" not in self._modules:
             output = self.up(self.core(self.down(input)))
             return output

@@ -1,0 +1,60 @@
+"""Deriving other ways to run a low-rank layer from its factors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from ._execution import Derived
+from ._layers import KINDS
+from ._lowrank_layer import LowRankLayer, TwoFactorLayer
+from .lowrank_embedding import LowRankEmbedding
+from .tucker import TuckerConv2d
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ._matricise import Form, LayerScheme
+
+# Layers that are run by their own ``forward``, one input to one output. Embeddings look single rows up, for which no
+# other way is worth its memory.
+_TUNABLE = (TwoFactorLayer, TuckerConv2d)
+
+
+def is_tunable(module: nn.Module) -> bool:
+    """Say whether there is more than one way to run a module."""
+    return isinstance(module, _TUNABLE) and not isinstance(module, LowRankEmbedding)
+
+
+def derive(layer: LowRankLayer, execution: str) -> Derived | None:
+    """Derive a module that computes what a layer computes, in another way.
+
+    Args:
+        layer: one that :func:`is_tunable`, not quantised; it is not changed.
+        execution: one of ``EXECUTIONS``.
+
+    Returns:
+        The module, on the same device, in the same dtype and memory format; None where there is none, as at full rank
+        there is no pivoted form.
+
+    Raises:
+        ValueError: if the factors are no plain parameters.
+    """
+    with torch.no_grad():
+        dense = layer.to_dense()
+        module: Any = dense if execution == "dense" else _in_form(layer, dense, cast("Form", execution))
+    return None if module is None else Derived(execution, module.eval().requires_grad_(requires_grad=False), layer)
+
+
+def _in_form(layer: Any, dense: nn.Module, form: Form) -> LowRankLayer | None:
+    scheme: LayerScheme = getattr(layer, "scheme", "channel")
+    layout: Any = KINDS[type(dense)].layouts(dense)[scheme]
+    most, rank = layout.largest_rank(form), layer.rank
+    fits = rank <= most if isinstance(rank, int) else all(a <= b for a, b in zip(rank, most, strict=True))
+    if not fits:
+        return None
+    made: Any = KINDS[type(dense)].like(dense, rank, scheme, form)
+    made.set_factors_(*layer.factors())
+    other: LowRankLayer = made
+    return other

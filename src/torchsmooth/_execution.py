@@ -1,0 +1,110 @@
+"""How a low-rank layer is run: from its factors as they are stored, or by a module that was derived from them.
+
+What is derived (a merged weight, or the factors in the other form) belongs to no module tree: it is no part of the
+state dict, of ``parameters()`` or of ``modules()``, so what is saved, counted and quantised stays small. It is used
+only where it gives what the factors would: in eval mode, where no gradient of the factors is wanted, and as long as
+nobody has changed them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Execution = Literal["factored", "pivoted", "dense"]
+
+EXECUTIONS: tuple[str, ...] = get_args(Execution)
+
+# Text, and private to this library, so that a replacement of the layer does not take it over.
+_PLACE = "_torchsmooth_derived"
+
+
+class _Source(NamedTuple):
+    """A tensor that a derived module was made of, and where it lies."""
+
+    child: str
+    owner: nn.Module
+    key: str
+    tensor: Tensor
+
+
+class Derived:
+    """A module that computes what a layer computes, and what it was made of.
+
+    Args:
+        execution: how it does that.
+        module: the module, in eval mode, with parameters that need no gradient.
+        layer: the layer that it was derived from.
+    """
+
+    def __init__(self, execution: str, module: nn.Module, layer: nn.Module) -> None:
+        self.execution, self.module = execution, module
+        self._modules = layer._modules
+        self._sources = tuple(
+            _Source(child, owner, key, tensor)
+            for child, owner in layer._modules.items()
+            if owner is not None
+            for place in (owner._parameters, owner._buffers)
+            for key, tensor in place.items()
+            if tensor is not None
+        )
+        self._state: object = self._present()
+
+    def _present(self) -> object:
+        """Return something that is another once a factor was written to or put elsewhere."""
+        return [
+            (source.tensor.data_ptr(), 0 if source.tensor.is_inference() else source.tensor._version)
+            for source in self._sources
+        ]
+
+    def is_fresh(self) -> bool:
+        """Say whether the factors are those that this was made of."""
+        for child, owner, key, tensor in self._sources:
+            place = owner._parameters if key in owner._parameters else owner._buffers
+            if self._modules.get(child) is not owner or place.get(key) is not tensor:
+                return False
+            if owner._forward_hooks or owner._forward_pre_hooks:  # they would not be called
+                return False
+        return self._state == self._present()
+
+    def wants_gradients(self) -> bool:
+        """Say whether a gradient of the factors may be asked for."""
+        return torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources)
+
+    def renew_(self, *, fresh: bool) -> None:
+        """Take note of where the factors are now, unless this did not belong to them any more."""
+        self._state = self._present() if fresh else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_state": self.is_fresh()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.renew_(fresh=state["_state"])  # copies lie elsewhere
+
+
+def derived_of(layer: nn.Module) -> Derived | None:
+    """Return what was derived from a layer, used or not."""
+    derived: Derived | None = layer.__dict__.get(_PLACE)
+    return derived
+
+
+def use_(layer: nn.Module, derived: Derived | None) -> None:
+    """Run a layer by what was derived from it; None: by its factors as they are stored."""
+    if derived is None:
+        layer.__dict__.pop(_PLACE, None)
+    else:
+        layer.__dict__[_PLACE] = derived
+
+
+def active(layer: nn.Module) -> nn.Module | None:
+    """Return the module to run instead of the factors, if there is one and it would give what they give."""
+    derived: Derived | None = layer.__dict__.get(_PLACE)
+    if derived is None or layer.training or derived.wants_gradients():
+        return None
+    # A compiled graph holds the tensors that it was made with.
+    return derived.module if torch.compiler.is_compiling() or derived.is_fresh() else None

@@ -1,0 +1,290 @@
+"""Choosing how each low-rank layer is run, by measuring on the device at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from torch import Tensor, nn
+
+from ._checks import check_choice, check_module, describe, quoted
+from ._derive import derive, is_tunable
+from ._execution import EXECUTIONS, Execution, derived_of, use_
+from ._latency import device_of, observe_calls
+from ._lowrank_layer import LowRankLayer
+from ._memory_format import Placed, as_they_are, channels_last, differ, put_
+from ._progress import progress as show_progress
+from ._running import as_inputs, observing
+from ._table import format_milliseconds, format_share, format_table
+from ._timing import median_nanoseconds
+from ._undo import Undo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ._execution import Derived
+    from ._running import Inputs
+
+__all__ = ["TunedLayer", "TuningReport", "tune_"]
+
+MemoryFormat = Literal["auto", "keep"]
+
+# By what share another way has to be faster to be taken: less than that is chance.
+_MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """How one layer is run.
+
+    Attributes:
+        name: qualified name in the model, the first one if it has several.
+        type: class name.
+        form: how its factors are stored.
+        execution: how it is run from now on: ``"factored"``, ``"pivoted"`` or ``"dense"``.
+        seconds: for each way that was tried, what one call took, alone.
+        note: what else there is to say.
+    """
+
+    name: str
+    type: str
+    form: str
+    execution: str
+    seconds: Mapping[str, float]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What :func:`torchsmooth.tune_` chose; ``print`` shows a table.
+
+    Attributes:
+        layers: the low-rank layers.
+        memory_format: ``"channels_last"`` if the weights of convolutions were brought there; ``"kept"`` otherwise.
+        seconds_before: what the model took for the example inputs before.
+        seconds_after: what it takes now, measured in turn with that.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+        >>> report = torchsmooth.svd_compress_(model, ratio=0.5)
+        >>> tuned = torchsmooth.tune_(model.eval(), torch.zeros(8, 64))
+        >>> [layer.execution in ("factored", "pivoted", "dense") for layer in tuned.layers]
+        [True, True]
+    """
+
+    layers: tuple[TunedLayer, ...]
+    memory_format: str
+    seconds_before: float
+    seconds_after: float
+
+    def __str__(self) -> str:
+        header = ("layer", "type", "stored", "run", *(f"{one} ms" for one in self._tried()), "note")
+        rows = [
+            (
+                one.name, one.type, one.form, one.execution,
+                *(format_milliseconds(one.seconds[way]) if way in one.seconds else "–" for way in self._tried()),
+                one.note,
+            )
+            for one in self.layers
+        ]  # fmt: skip
+        table = format_table(header, rows, right=range(4, len(header) - 1))
+        before, after = format_milliseconds(self.seconds_before), format_milliseconds(self.seconds_after)
+        share = format_share(self.seconds_after, self.seconds_before)
+        return f"{table}\n{before} → {after} ms ({share}), memory format {self.memory_format.replace('_', ' ')}"
+
+    def _tried(self) -> list[str]:
+        return [one for one in EXECUTIONS if any(one in layer.seconds for layer in self.layers)]
+
+
+def tune_(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    executions: Sequence[Execution] = get_args(Execution),
+    memory_format: MemoryFormat = "auto",
+    progress: bool | None = None,
+) -> TuningReport:
+    """Choose for each low-rank layer the fastest way to run it on this device, for inputs like these; in place.
+
+    A layer can be run from its factors as they are stored, in the other form, or with the factors merged to a dense
+    weight. What that takes is derived from the factors and kept beside them, in memory only: parameters and state dict
+    stay as small as they were. The model is timed as a whole, too, with all layers as chosen, all as stored and all
+    dense, and what is fastest stays: the model comes out no slower than either, to the accuracy of the clock.
+
+    What was chosen is used in eval mode and without gradients (``torch.no_grad`` or ``torch.inference_mode``, or where
+    no factor requires any), as long as the factors are those that were there; otherwise the factors are run as they
+    are stored. (A change through ``.data`` cannot be seen: tune again after one.) So train, load or quantise first, and
+    tune last. ``executions=["factored", "pivoted"]`` keeps layers from being merged, which saves memory.
+
+    Args:
+        model: with low-rank layers, on the device and in the dtype that it will run in. The mode does not matter.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; of the batch size to
+            tune for. The model is run on them.
+        executions: the ways to choose from, besides the one that is stored.
+        memory_format: ``"auto"`` also tries convolution weights in ``torch.channels_last``, and leaves them so where
+            that is faster; ``"keep"`` does not. What ``state_dict()`` returns is in the memory format of the model.
+        progress: True shows how far it is, False does not; None where the standard error stream is a terminal.
+
+    Returns:
+        What was chosen for each layer, and what was measured.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if there is no low-rank layer, or a name is unknown.
+        Exception: what the model raises on the inputs; it is then as it was.
+
+    Example:
+        >>> import torch, torchsmooth
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3)).eval()
+        >>> _ = torchsmooth.svd_compress_(model, ratio=0.6)
+        >>> keys = list(model.state_dict())
+        >>> report = torchsmooth.tune_(model, torch.zeros(1, 16, 12, 12))
+        >>> list(model.state_dict()) == keys, report.seconds_after > 0
+        (True, True)
+    """
+    check_module(model)
+    inputs = as_inputs(example_inputs)
+    allowed = _checked_executions(executions)
+    check_choice(memory_format, "memory_format", get_args(MemoryFormat))
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, LowRankLayer) and is_tunable(one)}
+    if not layers:
+        raise ValueError(
+            f"there is no low-rank layer to tune in this {type(model).__name__}: compress it first, with "
+            "torchsmooth.svd_compress_, or load a compressed state dict with torchsmooth.load_compressed_."
+        )
+    return _Tuner(model, inputs, layers, allowed, progress).tune_(try_channels_last=memory_format == "auto")
+
+
+def _checked_executions(executions: object) -> tuple[str, ...]:
+    if isinstance(executions, str) or not isinstance(executions, Sequence):
+        raise TypeError(
+            f"executions must be a sequence of names out of {quoted(EXECUTIONS)}, got {describe(executions)}."
+        )
+    for one in executions:
+        check_choice(one, "executions", EXECUTIONS)
+    return tuple(one for one in EXECUTIONS if one in executions)
+
+
+class _Setting(NamedTuple):
+    """A way to run the whole model: where its weights lie, and what each layer is run by."""
+
+    placed: list[Placed]
+    derived: dict[LowRankLayer, Derived | None]
+
+    def put_(self) -> None:
+        put_(self.placed)
+        for layer, derived in self.derived.items():
+            use_(layer, derived)
+
+
+@dataclass
+class _Tuner:
+    model: nn.Module
+    inputs: Inputs
+    layers: Mapping[str, LowRankLayer]
+    allowed: tuple[str, ...]
+    show: bool | None
+    notes: dict[str, str] = field(default_factory=dict)
+    given: list[Placed] = field(init=False)
+
+    def tune_(self, *, try_channels_last: bool) -> TuningReport:
+        self.given = as_they_are(self.model)
+        given = _Setting(self.given, {layer: derived_of(layer) for layer in self.layers.values()})
+        with Undo() as undo:
+            undo.add(given.put_)
+            formats = [given.placed]
+            if try_channels_last:
+                other = channels_last(given.placed)
+                formats += [other] if differ(given.placed, other) else []
+            settings: list[_Setting] = []
+            times: list[dict[str, dict[str, float]]] = []
+            for placed in formats:
+                found, measured = self._settings_in(placed)
+                settings += found
+                times += [measured] * len(found)
+            seconds = self._compare(settings)
+            best = min(range(len(settings)), key=lambda index: seconds[index] * (1 + _MARGIN * (index > 0)))
+            settings[best].put_()
+            undo.keep()
+        return self._report(settings[best], times[best], seconds[0], seconds[best])
+
+    def _settings_in(self, placed: list[Placed]) -> tuple[list[_Setting], dict[str, dict[str, float]]]:
+        """Return the ways to run the whole model in a memory format: as stored first; and what single layers took."""
+        stored = _Setting(placed, dict.fromkeys(self.layers.values()))
+        stored.put_()
+        with observing(self.model):
+            calls = observe_calls(self.model, self.inputs, set(self.layers.values()))
+        known: dict[object, dict[str, float]] = {}
+        measured: dict[str, dict[str, float]] = {}
+        chosen: dict[LowRankLayer, Derived | None] = {}
+        dense: dict[LowRankLayer, Derived | None] = {}
+        for name, layer in show_progress(self.layers.items(), "Tuning layers", len(self.layers), self.show):
+            chosen[layer] = dense[layer] = None
+            if layer not in calls:
+                self.notes[name] = "never called"
+                continue
+            ways = self._ways(name, layer)
+            args = calls[layer].args
+            key = _alike(layer, args)
+            if key not in known:
+                known[key] = _measure(layer, ways, args)
+            measured[name] = times = known[key]
+            fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
+            chosen[layer], dense[layer] = ways[fastest], ways.get("dense")
+        others = [_Setting(placed, one) for one in (chosen, dense) if any(one.values())]
+        return [stored, *others], measured
+
+    def _ways(self, name: str, layer: LowRankLayer) -> dict[str, Derived | None]:
+        """Derive what a layer could be run by, besides its factors as they are stored."""
+        ways: dict[str, Derived | None] = {layer.form: None}
+        for execution in self.allowed:
+            if execution == layer.form:
+                continue
+            try:
+                derived = derive(layer, execution)
+            except ValueError as error:
+                self.notes[name] = f"as stored: {error}"
+                break
+            if derived is not None:
+                ways[execution] = derived
+        return ways
+
+    def _compare(self, settings: Sequence[_Setting]) -> list[float]:
+        """Time the whole model in several settings, in turn."""
+        with observing(self.model):
+            runs: list[Callable[[], object]] = [partial(self.inputs.run, self.model)] * len(settings)
+            ready = [setting.put_ for setting in settings]
+            return [time / 1e9 for time in median_nanoseconds(runs, device_of(self.model), ready)]
+
+    def _report(
+        self, setting: _Setting, times: Mapping[str, dict[str, float]], before: float, after: float
+    ) -> TuningReport:
+        layers = []
+        for name, layer in self.layers.items():
+            derived = setting.derived[layer]
+            execution = layer.form if derived is None else derived.execution
+            layers.append(
+                TunedLayer(
+                    name, type(layer).__name__, layer.form, execution, times.get(name, {}), self.notes.get(name, "")
+                )
+            )
+        changed = differ(as_they_are(self.model), self.given)
+        return TuningReport(tuple(layers), "channels_last" if changed else "kept", before, after)
+
+
+def _alike(layer: LowRankLayer, args: tuple[Any, ...]) -> object:
+    """Return a key that layers share which take equally long."""
+    given = tuple((tuple(one.shape), one.stride(), one.dtype) for one in args if isinstance(one, Tensor))
+    factors = [(one.dtype, one.stride(), one.device) for one in layer.parameters()]
+    return type(layer), repr(layer), str(factors), given
+
+
+def _measure(layer: LowRankLayer, ways: Mapping[str, Derived | None], args: tuple[Any, ...]) -> dict[str, float]:
+    """Time one call of a layer in several ways."""
+    with observing(layer):
+        calls = [partial((layer if derived is None else derived.module).forward, *args) for derived in ways.values()]
+        times = median_nanoseconds(calls, device_of(layer))
+    return {way: time / 1e9 for way, time in zip(ways, times, strict=True)}

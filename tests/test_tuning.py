@@ -1,0 +1,436 @@
+"""tune_: however a layer is run, it computes what its factors say, and what is saved stays small."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torchsmooth
+from tests.networks import mlp, same, small_resnet, snapshot
+from tests.strategies import convolutions, fill_, randn, seeds, small_convolutions
+from torchsmooth import tuning
+from torchsmooth._derive import derive, is_tunable
+from torchsmooth._execution import EXECUTIONS, derived_of, use_
+from torchsmooth._layers import KINDS
+from torchsmooth._lowrank_layer import LowRankLayer
+
+
+def low_rank_layers(model):
+    return [one for one in model.modules() if isinstance(one, LowRankLayer)]
+
+
+def run(model, *inputs):
+    with torch.no_grad():
+        return model(*inputs)
+
+
+def close(one, other, tolerance=1e-9):
+    return bool(((one - other).abs() <= tolerance * (1 + other.abs().max())).all())
+
+
+def low_rank(dense, data):
+    """Some low-rank layer in the place of a dense one, in a scheme and form that it can have."""
+    kind = KINDS[type(dense)]
+    layouts = kind.layouts(dense)
+    scheme = data.draw(st.sampled_from(sorted(layouts)))
+    forms = [
+        form for form in ("factored", "pivoted")
+        if torch.tensor(layouts[scheme].largest_rank(form)).min() >= 1
+    ]  # fmt: skip
+    form = data.draw(st.sampled_from(forms))
+    most = layouts[scheme].largest_rank(form)
+    pick = lambda top: data.draw(st.integers(1, top))  # noqa: E731
+    rank = pick(most) if isinstance(most, int) else tuple(map(pick, most))
+    layer = kind.like(dense, rank, scheme, form)
+    layer.truncate_(dense.weight)
+    return layer.eval()
+
+
+def check_all_executions(layer, inputs):
+    expected = run(layer, inputs)
+    for execution in EXECUTIONS:
+        derived = derive(layer, execution)
+        if derived is None:
+            assert execution == "pivoted"
+            continue
+        before = snapshot(layer)
+        use_(layer, derived)
+        assert layer.execution == execution
+        found = run(layer, inputs)
+        assert close(found, expected)
+        assert same(snapshot(layer), before)
+        use_(layer, None)
+        assert layer.execution == layer.form
+
+
+@given(convolutions(), st.data())
+@settings(max_examples=40)
+def test_every_execution_of_a_convolution_computes_the_same(case, data):
+    dense, inputs = case
+    check_all_executions(low_rank(dense, data), inputs)
+
+
+@pytest.mark.parametrize(("axes", "transposed"), [(1, False), (3, False), (1, True), (2, True), (3, True)])
+@given(data=st.data())
+@settings(max_examples=12)
+def test_every_execution_of_other_convolutions_computes_the_same(axes, transposed, data):
+    dense, inputs = data.draw(small_convolutions(axes, transposed=transposed))
+    check_all_executions(low_rank(dense, data), inputs)
+
+
+@given(seeds, st.integers(2, 12), st.integers(2, 12), st.booleans(), st.data())
+@settings(max_examples=30)
+def test_every_execution_of_a_linear_layer_computes_the_same(seed, inside, outside, bias, data):
+    dense = fill_(nn.Linear(inside, outside, bias=bias, dtype=torch.float64), seed)
+    check_all_executions(low_rank(dense, data), randn(3, 2, inside, seed=seed))
+
+
+def test_a_transposed_convolution_still_takes_a_size_of_the_output():
+    dense = fill_(nn.ConvTranspose2d(6, 8, 3, stride=2, dtype=torch.float64), 0)
+    layer = torchsmooth.LowRankConvTranspose2d.from_conv_transpose2d(dense, 3).eval()
+    inputs = randn(2, 6, 5, 5, seed=1)
+    expected = [run(layer, inputs, size) for size in ([11, 12], [12, 11])]
+    use_(layer, derive(layer, "dense"))
+    for size, value in zip(([11, 12], [12, 11]), expected, strict=True):
+        assert close(run(layer, inputs, size), value)
+
+
+def tuned_linear(execution="dense", form="factored"):
+    layer = torchsmooth.LowRankLinear.from_linear(fill_(nn.Linear(12, 10, dtype=torch.float64), 3), 4, form).eval()
+    use_(layer, derive(layer, execution))
+    return layer, randn(5, 12, seed=9)
+
+
+def from_factors(layer, inputs):
+    """What the factors give, in the simplest way."""
+    up, down = layer.factors()
+    return inputs @ (up[0] @ down[0]).mT + layer.bias
+
+
+CHANGES = {
+    "in place": lambda layer: layer.down.weight.mul_(2),
+    "the bias": lambda layer: layer.bias.add_(1),
+    "other data": lambda layer: setattr(layer.up.weight, "data", layer.up.weight.data * 2),
+    "another parameter": lambda layer: setattr(layer.up, "weight", nn.Parameter(layer.up.weight.detach() * 2)),
+    "another child": lambda layer: setattr(layer, "down", fill_(nn.Linear(12, 4, bias=False).double(), 5)),
+    "set_factors_": lambda layer: layer.set_factors_(torch.ones(1, 10, 4), torch.ones(1, 4, 12)),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_factors_that_were_changed_are_run_as_they_are(name):
+    layer, inputs = tuned_linear()
+    assert close(run(layer, inputs), from_factors(layer, inputs).detach())
+    with torch.no_grad():
+        before = run(layer, inputs)
+        CHANGES[name](layer)
+        assert close(run(layer, inputs), from_factors(layer, inputs))
+        assert not close(run(layer, inputs), before, 1e-3)
+    assert layer.execution == "factored"
+
+
+def test_a_step_of_an_optimiser_counts_as_a_change():
+    layer, inputs = tuned_linear()
+    optimiser = torch.optim.SGD(layer.train().parameters(), lr=0.5)
+    layer(inputs).square().mean().backward()
+    optimiser.step()
+    assert close(run(layer.eval(), inputs), from_factors(layer, inputs).detach())
+
+
+def test_functional_call_uses_the_parameters_that_it_is_given():
+    layer, inputs = tuned_linear()
+    doubled = {name: 2 * one.detach() for name, one in layer.named_parameters()}
+    with torch.no_grad():
+        found = torch.func.functional_call(layer, doubled, (inputs,))
+        assert close(found, 4 * (from_factors(layer, inputs) - layer.bias) + 2 * layer.bias)
+        assert layer.execution == "dense"
+
+
+def test_children_that_are_pruned_parametrized_or_hooked_are_called():
+    for change in (
+        lambda down: torch.nn.utils.prune.random_unstructured(down, "weight", amount=0.5),
+        torch.nn.utils.parametrizations.spectral_norm,
+        lambda down: down.register_forward_hook(lambda *_: torch.zeros(5, 4, dtype=torch.float64)),
+        lambda down: down.register_forward_pre_hook(lambda _, args: (0 * args[0],)),
+    ):
+        layer, inputs = tuned_linear()
+        before = run(layer, inputs)
+        change(layer.down)
+        assert not close(run(layer, inputs), before, 1e-3)
+
+
+def test_gradients_of_factors_and_of_inputs_are_there_in_eval_mode():
+    layer, inputs = tuned_linear()
+    layer(inputs).square().sum().backward()
+    assert bool(layer.up.weight.grad.any())
+    assert bool(layer.down.weight.grad.any())
+    frozen, _ = tuned_linear()
+    wanted = inputs.clone().requires_grad_()
+    expected = torch.autograd.grad(from_factors(frozen, wanted).square().sum(), wanted)[0]
+    frozen.requires_grad_(requires_grad=False)
+    assert close(torch.autograd.grad(frozen(wanted).square().sum(), wanted)[0], expected)
+
+
+def test_training_mode_runs_the_factors():
+    layer, inputs = tuned_linear()
+    layer.train()(inputs).sum().backward()
+    assert bool(layer.down.weight.grad.any())
+    with torch.no_grad():
+        derived_of(layer).module.weight.zero_()
+        assert close(layer(inputs), from_factors(layer, inputs))
+        assert not close(layer.eval()(inputs), from_factors(layer, inputs), 1e-3)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_run_in_the_same_way_and_on_their_own(way):
+    layer, inputs = tuned_linear("pivoted")
+    if way == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert other.execution == layer.execution == "pivoted"
+    assert torch.equal(run(other, inputs), run(layer, inputs))
+    with torch.no_grad():
+        layer.up.weight.zero_()
+    assert close(run(other, inputs), from_factors(other, inputs).detach())
+    assert copy.deepcopy(layer).execution == "factored"  # a copy of what is no longer up to date is not either
+    assert other.execution == "pivoted"
+
+
+def test_moving_and_casting_take_what_was_derived_along():
+    layer, inputs = tuned_linear()
+    layer.float()
+    assert layer.execution == "dense"
+    assert run(layer, inputs.float()).dtype == torch.float32
+    layer.double()
+    assert close(run(layer, inputs), from_factors(layer, inputs).detach(), 1e-6)
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(tuned_linear()[0].state_dict())
+    assert close(run(layer, inputs), from_factors(layer, inputs).detach())
+
+
+def compressed_resnet():
+    model = small_resnet(seed=2).eval()
+    torchsmooth.svd_compress_(model, 0.5, form="factored")
+    return model, randn(2, 3, 16, 16, seed=4, dtype=torch.float32)
+
+
+class FakeClock:
+    """Stands in for the measurement: names the time of every call by how layers are run at that moment."""
+
+    def __init__(self, layer=None, whole=None):
+        self.layer = layer or (lambda _: 1000)
+        self.whole = whole or (lambda _: 1000)
+        self.compared = []
+
+    def __call__(self, calls, device, before=None):
+        assert device == torch.device("cpu")
+        if before is None:  # single layers
+            for call in calls:
+                call()
+            return [self.layer(call.func.__self__) for call in calls]
+        times = []
+        for prepare, call in zip(before, calls, strict=True):
+            prepare()
+            call()
+            layers = low_rank_layers(call.args[0])
+            last = any(not one.is_contiguous() for one in call.args[0].parameters())
+            state = ({layer.execution for layer in layers}, last)
+            self.compared.append(state)
+            times.append(self.whole(state))
+        return times
+
+
+def dense_is_faster(module):
+    return 2000 if isinstance(module, LowRankLayer) else 1000
+
+
+def test_the_fastest_way_is_taken_for_each_layer(monkeypatch):
+    model, inputs = compressed_resnet()
+    expected, before = run(model, inputs), snapshot(model)
+    fastest = lambda one: {nn.Conv2d: 800}.get(type(one), 500 if getattr(one, "form", "") == "pivoted" else 1000)  # noqa: E731
+    clock = FakeClock(fastest, lambda state: 900 if "pivoted" in state[0] else 1000)
+    monkeypatch.setattr(tuning, "median_nanoseconds", clock)
+    report = torchsmooth.tune_(model, inputs, memory_format="keep")
+    assert {layer.execution for layer in low_rank_layers(model)} == {"pivoted"}
+    assert {layer.execution for layer in report.layers} == {"pivoted"}
+    assert report.layers[0].seconds == {"factored": 1e-6, "pivoted": 5e-7, "dense": 8e-7}
+    assert (report.seconds_before, report.seconds_after, report.memory_format) == (1e-6, 9e-7, "kept")
+    assert clock.compared == [({"factored"}, False), ({"pivoted"}, False), ({"dense"}, False)]
+    assert close(run(model, inputs), expected, 1e-5)
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    ("whole", "executions", "memory_format"),
+    [
+        (lambda _: 1000, {"factored"}, "kept"),  # nothing gained: all as it was
+        (lambda state: 980 if state[1] else 1000, {"factored"}, "kept"),  # nor worth the change
+        (lambda state: 900 if "dense" in state[0] else 1000, {"dense"}, "kept"),
+        (lambda state: 900 if state[1] else 1000, {"factored"}, "channels_last"),
+        (lambda state: 500 if state == ({"dense"}, True) else 1000, {"dense"}, "channels_last"),
+    ],
+)
+def test_the_whole_model_decides(monkeypatch, whole, executions, memory_format):
+    model, inputs = compressed_resnet()
+    expected, state = run(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
+    parameters = list(model.parameters())
+    monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, whole))
+    report = torchsmooth.tune_(model, inputs)
+    assert {layer.execution for layer in low_rank_layers(model)} == executions
+    assert report.memory_format == memory_format
+    planar = [one for one in parameters if one.dim() == 4 and min(one.shape[1:]) > 1]
+    assert all(one.is_contiguous() == (memory_format == "kept") for one in planar)
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert close(run(model, inputs), expected, 1e-5)
+
+
+def test_only_what_is_allowed_is_tried_and_the_last_word_counts(monkeypatch):
+    model, inputs = compressed_resnet()
+    monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 1 if "dense" in s[0] else 9))
+    torchsmooth.tune_(model, inputs)
+    assert {layer.execution for layer in low_rank_layers(model)} == {"dense"}
+    report = torchsmooth.tune_(model, inputs, executions=["factored"])
+    assert {layer.execution for layer in low_rank_layers(model)} == {"factored"}
+    assert all(set(layer.seconds) == {"factored"} for layer in report.layers)
+
+
+def test_tuning_for_real_changes_no_result():
+    model, inputs = compressed_resnet()
+    model.train()
+    expected, before = run(copy.deepcopy(model).eval(), inputs), snapshot(model)
+    state = torch.get_rng_state()
+    report = torchsmooth.tune_(model, inputs, memory_format="keep")
+    assert same(snapshot(model), before)
+    assert torch.equal(state, torch.get_rng_state())
+    assert close(run(model.eval(), inputs), expected, 1e-5)
+    names = [name for name, one in model.named_modules() if isinstance(one, LowRankLayer)]
+    assert [layer.name for layer in report.layers] == names
+    for layer in report.layers:
+        assert layer.execution in layer.seconds
+        assert layer.name in str(report)
+    assert report.seconds_after > 0
+    assert "memory format kept" in str(report)
+
+
+def test_layers_that_are_not_run_alone_stay_as_they_are_stored():
+    embedding = torchsmooth.LowRankEmbedding(10, 6, 2)
+    unused = torchsmooth.LowRankLinear(6, 6, 2)
+    model = nn.Sequential(embedding, torchsmooth.LowRankLinear(6, 6, 2))
+    model[1].register_module("aside", unused)
+    report = torchsmooth.tune_(model, torch.zeros(2, 3, dtype=torch.int64))
+    assert [(layer.name, layer.note) for layer in report.layers] == [("1", ""), ("1.aside", "never called")]
+    assert unused.execution == "factored"
+    assert not is_tunable(embedding)
+
+
+def test_a_module_in_two_places_is_one_layer():
+    shared = torchsmooth.LowRankLinear.from_linear(fill_(nn.Linear(8, 8), 0), 3)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert [layer.name for layer in torchsmooth.tune_(model, torch.zeros(2, 8)).layers] == ["0"]
+
+
+def test_quantised_factors_are_run_as_they_are():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = mlp(sizes=(64, 64, 64)).eval()
+    torchsmooth.svd_compress_(model, 0.5, form="factored")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    inputs = randn(4, 64, seed=0, dtype=torch.float32)
+    expected = run(model, inputs)
+    report = torchsmooth.tune_(model, inputs)
+    assert all("as stored: a LowRankLinear cannot be merged" in layer.note for layer in report.layers)
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
+    for error in (RuntimeError, KeyboardInterrupt):
+        model, inputs = compressed_resnet()
+        use_(low_rank_layers(model)[0], derive(low_rank_layers(model)[0], "dense"))
+        before, executions = snapshot(model), [layer.execution for layer in low_rank_layers(model)]
+        strides = [one.stride() for one in model.parameters()]
+        clock = FakeClock(dense_is_faster)
+
+        def failing(calls, device, before=None, clock=clock, error=error):
+            found = clock(calls, device, before)
+            if before is not None:
+                raise error
+            return found
+
+        monkeypatch.setattr(tuning, "median_nanoseconds", failing)
+        with pytest.raises(error):
+            torchsmooth.tune_(model, inputs)
+        assert same(snapshot(model), before)
+        assert [layer.execution for layer in low_rank_layers(model)] == executions
+        assert [one.stride() for one in model.parameters()] == strides
+
+
+def test_what_was_derived_does_not_outlive_the_layer(monkeypatch):
+    model, inputs = compressed_resnet()
+    monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 1 if "dense" in s[0] else 9))
+    torchsmooth.tune_(model, inputs)
+    expected, saved = run(model, inputs), model.state_dict()
+    loaded = torchsmooth.load_compressed_(small_resnet(seed=5).eval(), saved)
+    assert close(run(loaded, inputs), expected, 1e-5)
+    assert all(layer.execution == "factored" for layer in low_rank_layers(loaded))
+    again = copy.deepcopy(model)
+    torchsmooth.svd_compress_(again, 0.3)
+    torchsmooth.restore_dense_(model)
+    assert not low_rank_layers(model)
+    assert close(run(model, inputs), expected, 1e-5)
+    for one in (model, again):
+        assert not any(derived_of(module) for module in one.modules() if type(module) is nn.Conv2d)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("execution", ["dense", "pivoted"])
+def test_traces_exports_and_compiled_graphs_hold_what_is_run(execution):
+    model = nn.Sequential(
+        torchsmooth.LowRankConv2d.from_conv2d(fill_(nn.Conv2d(6, 8, 3), 0), 4),
+        nn.Flatten(),
+        torchsmooth.LowRankLinear.from_linear(fill_(nn.Linear(8 * 36, 12), 1), 5),
+    ).eval()
+    inputs = randn(2, 6, 8, 8, seed=1, dtype=torch.float32)
+    expected = run(model, inputs)
+    for layer in low_rank_layers(model):
+        use_(layer, derive(layer, execution))
+    with torch.no_grad():
+        assert close(torch.jit.trace(model, inputs)(inputs), expected, 1e-5)
+        exported = torch.export.export(model, (inputs,))
+        assert close(exported.module()(inputs), expected, 1e-5)
+        kernels = [node for node in exported.graph.nodes if "conv2d" in str(node.target)]
+        assert len(kernels) == (1 if execution == "dense" else 2)
+        assert close(torch.compile(model, fullgraph=True, backend="eager")(inputs), expected, 1e-5)
+
+
+def test_bad_arguments_are_refused_before_anything_is_run():
+    model, inputs = compressed_resnet()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("run"))
+    with pytest.raises(
+        TypeError, match=r"^executions must be a sequence of names out of 'dense', 'factored', 'pivoted'"
+    ):
+        torchsmooth.tune_(model, inputs, executions="dense")
+    with pytest.raises(ValueError, match=r"^executions must be one of 'factored', .*; got str 'merged'"):
+        torchsmooth.tune_(model, inputs, executions=["merged"])
+    with pytest.raises(ValueError, match=r"memory_format must be one of 'auto', 'keep'; got str 'last'"):
+        torchsmooth.tune_(model, inputs, memory_format="last")
+    with pytest.raises(TypeError, match=r"^example_inputs must be a tensor"):
+        torchsmooth.tune_(model, [inputs])
+    with pytest.raises(ValueError, match=r"^there is no low-rank layer to tune in this Sequential: compress it first"):
+        torchsmooth.tune_(mlp(), inputs)
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module"):
+        torchsmooth.tune_("model", inputs)
