@@ -156,15 +156,15 @@ def test_no_layer_gets_faster_by_growing(clock):
 
 def test_few_ranks_are_timed_and_they_are_multiples(clock):
     clock(stored)
-    plan = plan_compression(mlp(0, (256, 256, 256)), 0.3, target="latency", example_inputs=torch.zeros(1, 256))
-    for layer in plan:
-        for times in layer.prices.times.values():
-            assert 2 <= len(times) <= 6
-            assert {1, max(times)} <= times.keys()
-    plan = plan_compression(
-        mlp(0, (256, 256, 256)), 0.3, target="latency", example_inputs=torch.zeros(1, 256), rank_multiple=16
-    )
-    assert all(rank % 16 == 0 for layer in plan for times in layer.prices.times.values() for rank in times)
+    for multiple, step in ((1, 1), (None, 16), (32, 32)):
+        plan = plan_compression(
+            mlp(0, (256, 256, 256)), 0.3, target="latency", example_inputs=torch.zeros(1, 256), rank_multiple=multiple
+        )
+        for layer in plan:
+            for times in layer.prices.times.values():
+                assert 2 <= len(times) <= 6
+                assert min(times) == step
+                assert all(rank % step == 0 for rank in times)
 
 
 def test_layers_of_one_kind_are_timed_once(clock):

@@ -215,3 +215,34 @@ def test_without_inputs_the_report_has_the_planned_counts():
     report = plan.apply_(model)
     assert (report.macs_before, report.macs_after) == (plan.macs_before, plan.macs_after)
     assert report.to_dict()["macs_after"] == plan.to_dict()["macs_after"] == counted(model, torch.zeros(2, 24))
+
+
+@pytest.mark.parametrize(("size", "step"), [(16, 1), (32, 4), (64, 8), (130, 16)])
+def test_ranks_suit_the_hardware_unless_another_multiple_is_asked_for(size, step):
+    model, inputs = mlp(3, (size, size, size, size)), torch.zeros(2, size)
+    for form in ("factored", "pivoted"):
+        options = {"form": form, "target": "macs", "example_inputs": inputs}
+        ranks = [layer.rank for layer in plan_compression(model, 0.5, **options) if layer.rank]
+        assert ranks
+        assert all(rank % step == 0 for rank in ranks)
+        assert plan_compression(model, 0.5, **options).macs_after <= 0.5 * 3 * 2 * size**2
+    params = plan_compression(model, 0.5, form="factored")
+    assert params == plan_compression(model, 0.5, form="factored", rank_multiple=1)
+    finer = plan_compression(model, 0.5, form="factored", target="macs", example_inputs=inputs, rank_multiple=1)
+    assert [layer.rank for layer in finer] == [layer.rank for layer in params]  # each weight is used equally often
+
+
+def test_pairs_of_ranks_suit_the_hardware_on_each_side():
+    model, inputs = (
+        torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Conv2d(64, 64, 3)),
+        torch.zeros(1, 32, 8, 8),
+    )
+    plan = plan_compression(model, 0.5, scheme="tucker", target="macs", example_inputs=inputs)
+    assert [layer.rank is not None for layer in plan] == [True, True]
+    assert all(
+        r_in % step == 0 and r_out % 8 == 0 for (r_in, r_out), step in zip(plan_ranks(plan), (4, 8), strict=True)
+    )
+
+
+def plan_ranks(plan):
+    return [layer.rank for layer in plan]

@@ -30,7 +30,7 @@ SIGNATURES = {
     "penalty_loss": "(model)",
     "plan_compression": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "example_inputs=None, rank_multiple=None, filter_fn=None, calibration=None, parametrized='keep', "
         "progress=None)"
     ),
     "register_layer": "(layer_type, expand, collapse=None)",
@@ -44,12 +44,12 @@ SIGNATURES = {
     "spectrum": "(model, *, ratio=0.8, scheme='channel', filter_fn=None)",
     "svd_compress_": (
         "(model, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', target='params', "
-        "example_inputs=None, rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "example_inputs=None, rank_multiple=None, filter_fn=None, calibration=None, parametrized='keep', "
         "progress=None, process_group=None)"
     ),
     "sweep": (
         "(model, ratios, *, scheme='auto', form='auto', allocation='budget', target='params', example_inputs=None, "
-        "rank_multiple=1, filter_fn=None, calibration=None, parametrized='keep', "
+        "rank_multiple=None, filter_fn=None, calibration=None, parametrized='keep', "
         "progress=None)"
     ),
     "tune_": (

@@ -6,7 +6,7 @@ frontier that ranks are chosen from.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._tucker_layout import no_more
 
@@ -34,7 +34,7 @@ def raise_pairs(layers: Iterable[LayerPlan], slack: int, multiple: int) -> None:
         layers: plans of layers, of which those in scheme ``"tucker"`` are changed.
         slack: what may be spent, in what the plan counts. Times of pairs that were not measured are not known, so
             under such a target nothing changes.
-        multiple: ranks stay multiples of this.
+        multiple: ranks stay multiples of this; 0: of what suits each.
     """
     paired, tables = [], []
     for layer in layers:
@@ -62,8 +62,9 @@ def _best_step(layer: LayerPlan, table: Tensor, slack: int, multiple: int) -> _S
         return best
     scheme, form = choice.scheme, choice.form
     r_in, r_out = layer.rank
-    layout = layer.options[scheme].matricisation
-    for rank in ((r_in + multiple, r_out), (r_in, r_out + multiple), (r_in + multiple, r_out + multiple)):
+    layout: Any = layer.options[scheme].matricisation
+    more_in, more_out = layout.steps(multiple)
+    for rank in ((r_in + more_in, r_out), (r_in, r_out + more_out), (r_in + more_in, r_out + more_out)):
         if not no_more(rank, layout.largest_rank(form)) or layout.parameters(rank, form) >= layer.parameters_before:
             continue
         cost = layer.prices.cost(scheme, layout, form, rank)

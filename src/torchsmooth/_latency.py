@@ -52,7 +52,7 @@ def measure_times(
         model: any model.
         inputs: arguments for it.
         layers: the layers to look at and their modules, by name.
-        multiple: only ranks that are multiples of this.
+        multiple: only ranks that are multiples of this; 0: of what suits each.
         show: whether to show progress; None for where somebody looks.
 
     Returns:

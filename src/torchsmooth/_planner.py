@@ -11,6 +11,7 @@ from ._budget import uniformly, within_budget, within_error
 from ._fine_ranks import raise_pairs
 from ._ranks import ALONE
 from ._targets import NOT_REACHED, WORDS
+from ._terms import SUITED
 from .plan import CompressionPlan
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ class Planner:
         digits = next((digits for digits in range(4, 20) if math.floor(reachable * 10**digits)), 4)
         most = math.floor(reachable * 10**digits) / 10**digits
         smallest = "rank 1" if terms.multiple == 1 else f"the smallest multiple of {terms.multiple} as rank"
+        if terms.multiple == SUITED:
+            smallest = "the smallest rank that suits the hardware (rank_multiple=1 allows smaller ones)"
         text = (
             f"ratio {ratio} cannot be reached: with {smallest} in every layer that can be compressed, {least:,} of "
             f"{total:,} {words.unit} are left"
@@ -151,7 +154,7 @@ class Planner:
 
     def _none_cheaper(self) -> str:
         terms = self.terms
-        if terms.multiple == 1 or terms.target == "latency":
+        if terms.multiple in (1, SUITED) or terms.target == "latency":
             return WORDS[terms.target].none_cheaper
         among = f"no rank that is a multiple of {terms.multiple}"
         return WORDS[terms.target].none_cheaper.replace("no rank", among)

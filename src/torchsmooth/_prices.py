@@ -29,7 +29,7 @@ class Prices(Protocol):
         """What the layer costs as it is."""
 
     def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the ranks of a scheme and form to choose from, multiples of a number, and their prices: both int64."""
+        """Return the ranks of a scheme and form to choose from, and their prices; multiples of a number, 0 for what suits."""
 
     def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:
         """Return the price of one rank, among those to choose from or not; None if it has none."""
@@ -136,7 +136,7 @@ class TimePrices:
         if isinstance(layout.full_rank, tuple):
             ranks = ranks.reshape(-1, 2)  # also where there are none
         costs = torch.tensor([cost for _, cost in times], dtype=torch.int64, device="cpu")
-        fitting = ranks % multiple == 0
+        fitting = ranks % (multiple or 1) == 0  # what suits was looked at when they were chosen to be tried
         wanted = fitting if fitting.dim() == 1 else fitting.all(1)
         return ranks[wanted], costs[wanted]
 

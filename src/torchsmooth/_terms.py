@@ -22,12 +22,19 @@ FormOption = Literal["auto", "factored", "pivoted"]
 # No weight has a larger rank, and multiples of more would pass the range of int64.
 _MOST = 2**31 - 1
 
+# In the place of a number that ranks are multiples of: for each matrix the one that suits the hardware.
+SUITED = 0
+
 _FORMS: dict[str, tuple[Form, ...]] = {"auto": FORMS, "factored": ("factored",), "pivoted": ("pivoted",)}
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of a plan: what there is to choose from, and what the choice is made by."""
+    """The terms of a plan: what there is to choose from, and what the choice is made by.
+
+    Attributes:
+        multiple: what ranks are multiples of, or :data:`SUITED`.
+    """
 
     schemes: tuple[SchemeOption, ...]
     form: FormOption
@@ -48,7 +55,7 @@ def checked_terms(
     form: FormOption,
     allocation: Allocation,
     target: Target,
-    rank_multiple: int,
+    rank_multiple: int | None,
     progress: bool | None,
 ) -> Terms:
     """Check what a user asks for."""
@@ -58,7 +65,9 @@ def checked_terms(
     check_choice(form, "form", get_args(FormOption))
     check_choice(allocation, "allocation", get_args(Allocation))
     check_choice(target, "target", TARGETS)
-    multiple = min(check_count(rank_multiple, "rank_multiple", None, "ranks are multiples of it"), _MOST)
+    multiple = 1 if target == "params" else SUITED
+    if rank_multiple is not None:
+        multiple = min(check_count(rank_multiple, "rank_multiple", None, "ranks are multiples of it"), _MOST)
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"progress must be True, False or None, got {describe(progress)}.")
     return Terms(schemes, form, allocation, target, multiple, progress)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from ._checks import check_count, describe
-from ._matricise import AMPLIFIED, nearly_proportional
+from ._matricise import AMPLIFIED, nearly_proportional, suited_multiple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,11 +138,17 @@ class TuckerLayout:
         Pairs in which one rank is more than the other can use are left out.
         """
         r_in, r_out = (
-            torch.tensor(_few(most, multiple), dtype=torch.int64, device="cpu") for most in self.largest_rank(form)
+            torch.tensor(_few(most, step), dtype=torch.int64, device="cpu")
+            for most, step in zip(self.largest_rank(form), self.steps(multiple), strict=True)
         )
         pairs = torch.cartesian_prod(r_in, r_out).reshape(-1, 2)
         first, second = pairs.unbind(1)
         return pairs[(first <= self.positions * second) & (second <= self.positions * first)]
+
+    def steps(self, multiple: int) -> Pair:
+        """What each of the two ranks is a multiple of: a number, or the one that suits."""
+        full_in, full_out = self.full_rank
+        return multiple or suited_multiple(full_in), multiple or suited_multiple(full_out)
 
     def inner_ranks(self) -> list[int]:
         """Some ranks on the input side, ascending: all, up to 64."""

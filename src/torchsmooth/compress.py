@@ -43,7 +43,7 @@ def svd_compress_(
     allocation: Allocation = "budget",
     target: Target = "params",
     example_inputs: Any = None,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
     parametrized: Computed = "keep",
@@ -81,7 +81,8 @@ def svd_compress_(
             measured before and after, and reported.
         example_inputs: for the last two: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
             the device of the model.
-        rank_multiple: only ranks that are multiples of this, at least 1.
+        rank_multiple: only ranks that are multiples of this, at least 1; None: all of them for target ``"params"``,
+            those that suit the hardware for the others.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
         calibration: a few unlabelled batches on the device of the model, such as a list of 8 tensors of 128 images, or
             a DataLoader: tensors; tuples or lists, of which the first element is the input; or dicts of keyword

@@ -247,7 +247,7 @@ class LayerPlan:
 
         Args:
             what: what decides which choices are useful.
-            multiple: only ranks that are multiples of this.
+            multiple: only ranks that are multiples of this; 0: of what suits each.
         """
         meanings: list[Choice | None] = []
         costs, losses = [], []

@@ -37,7 +37,7 @@ def plan_compression(
     allocation: Allocation = "budget",
     target: Target = "params",
     example_inputs: Any = None,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
     parametrized: Computed = "keep",
@@ -68,7 +68,9 @@ def plan_compression(
             at a few ranks, alone, without gradients in eval mode.
         example_inputs: for the last two: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
             the device of the model. The model is run on them and comes out as it was.
-        rank_multiple: only ranks that are multiples of this are considered, at least 1; 8 or 16 suit tensor cores.
+        rank_multiple: only ranks that are multiples of this are considered, at least 1. None: all of them for
+            ``"params"``; for the other targets multiples of 16, which hardware computes at once, or for matrices of a
+            full rank below 128 of 8, 4 or 1.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``, called for each layer that could be compressed; False
             leaves it dense.
         calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the error
@@ -135,7 +137,7 @@ def sweep(
     allocation: Allocation = "budget",
     target: Target = "params",
     example_inputs: Any = None,
-    rank_multiple: int = 1,
+    rank_multiple: int | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[Any] | None = None,
     parametrized: Computed = "keep",
@@ -155,7 +157,7 @@ def sweep(
         allocation: ``"budget"`` or ``"uniform"``.
         target: ``"params"``, ``"macs"`` or ``"latency"``.
         example_inputs: inputs to measure with, for the last two.
-        rank_multiple: only ranks that are multiples of this, at least 1.
+        rank_multiple: only ranks that are multiples of this, at least 1; None as for ``plan_compression``.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
         calibration: a few unlabelled batches, to weigh ranks by the error at each layer's output.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
