@@ -229,20 +229,12 @@ def test_ranks_suit_the_hardware_unless_another_multiple_is_asked_for(size, step
     params = plan_compression(model, 0.5, form="factored")
     assert params == plan_compression(model, 0.5, form="factored", rank_multiple=1)
     finer = plan_compression(model, 0.5, form="factored", target="macs", example_inputs=inputs, rank_multiple=1)
-    assert [layer.rank for layer in finer] == [layer.rank for layer in params]  # each weight is used equally often
+    # Each weight is used equally often, so but for the biases the budgets are the same.
+    assert all(abs(one.rank - other.rank) <= 1 for one, other in zip(finer, params, strict=True))
 
 
 def test_pairs_of_ranks_suit_the_hardware_on_each_side():
-    model, inputs = (
-        torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Conv2d(64, 64, 3)),
-        torch.zeros(1, 32, 8, 8),
-    )
-    plan = plan_compression(model, 0.5, scheme="tucker", target="macs", example_inputs=inputs)
-    assert [layer.rank is not None for layer in plan] == [True, True]
-    assert all(
-        r_in % step == 0 and r_out % 8 == 0 for (r_in, r_out), step in zip(plan_ranks(plan), (4, 8), strict=True)
-    )
-
-
-def plan_ranks(plan):
-    return [layer.rank for layer in plan]
+    model = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Conv2d(64, 64, 3))
+    plan = plan_compression(model, 0.5, scheme="tucker", target="macs", example_inputs=torch.zeros(1, 32, 8, 8))
+    (r_in, r_out), (next_in, next_out) = (layer.rank for layer in plan)
+    assert (r_in % 4, r_out % 8, next_in % 8, next_out % 8) == (0, 0, 0, 0)
