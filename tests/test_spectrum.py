@@ -14,10 +14,10 @@ from torch import nn
 
 from tests.networks import mlp, small_resnet
 from tests.strategies import convolutions, hard_matrices, randn, seeds
-from torchsmooth import plan_compression, sweep
+from torchsmooth import _options, plan_compression, sweep
 from torchsmooth._layers import FoundLayer
 from torchsmooth._leading import truncated_factors
-from torchsmooth._linalg import decompose, factors_in
+from torchsmooth._linalg import LinAlgError, decompose, factors_in
 from torchsmooth._options import options_of
 from torchsmooth._spectrum import Spectrum
 from torchsmooth._tucker import tucker_factors
@@ -152,8 +152,8 @@ def test_a_tucker_basis_is_not_used_for_another_weight(seed, sizes, scaled):
 def test_bases_of_channel_and_input_are_those_of_tucker(case, dtype):
     conv = case[0].to(dtype)
     found = FoundLayer("conv", conv, "Conv2d", conv.weight.numel())
-    together = options_of(found, ("auto",), 1.0, keep_bases=True)["tucker"]
-    alone = options_of(found, ("tucker",), 1.0, keep_bases=False)["tucker"]
+    together = options_of([found], ("auto",), [1.0], keep_bases=True)[0]["tucker"]
+    alone = options_of([found], ("tucker",), [1.0], keep_bases=False)[0]["tucker"]
     assert torch.allclose(together.errors, alone.errors, rtol=1e-6, atol=1e-12)
 
 
@@ -228,3 +228,51 @@ def test_a_plan_made_in_inference_mode_can_be_applied_outside():
     assert equal(model, expected)
     model(torch.zeros(1, 24)).sum().backward()
     assert isinstance(model, nn.Module)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """As if the CPU were a device that decomposes several weights at once."""
+    monkeypatch.setattr(_options, "_TOGETHER", ("cpu",))
+
+
+@pytest.mark.parametrize("room", [1 << 26, 0])
+def test_weights_of_one_shape_are_decomposed_in_one_call_with_the_same_result(solves, together, monkeypatch, room):
+    monkeypatch.setattr(_options, "_ROOM", room)
+    model = nn.Sequential(*(nn.Conv2d(6, 6, 3, groups=groups) for groups in (1, 1, 2, 2, 2, 1)), nn.Linear(6, 5))
+    plan = plan_compression(model, 0.4)
+    assert solves["eigh"] + solves["eigvalsh"] <= 2 * 5 + 1 + 2 * 2  # five schemes of two kinds, one linear layer
+    monkeypatch.setattr(_options, "_TOGETHER", ())
+    alone = plan_compression(model, 0.4)
+    assert plan == alone
+    for one, other in zip(plan, alone, strict=True):
+        for scheme, option in one.options.items():
+            assert torch.allclose(option.errors, other.options[scheme].errors, atol=1e-12)
+    first, second = (copy.deepcopy(model) for _ in range(2))
+    plan.apply_(first)
+    alone.apply_(second)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(weights(first), weights(second), strict=True))
+
+
+def test_a_call_holds_no_more_than_fits_and_only_what_is_kept_alike(together, monkeypatch):
+    layers = {str(n): FoundLayer(str(n), nn.Linear(8, 8), "Linear", 64) for n in range(5)}
+    monkeypatch.setattr(_options, "_AT_ONCE", 2 * 8 * 64)
+    found = _options.alike(layers, {"0", "1", "2"}, {"4": 1})
+    assert found == {"0": ["0", "1"], "1": ["0", "1"], "2": ["2"], "3": ["3"], "4": ["4"]}
+    monkeypatch.setattr(_options, "_TOGETHER", ("cuda",))
+    assert _options.alike(layers, set(), {}) == {name: [name] for name in layers}
+
+
+def test_the_layer_that_cannot_be_decomposed_is_named_among_several(together, monkeypatch):
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    solve = torch.linalg.eigh
+
+    def failing(matrices):
+        if len(matrices) > 1 or bool(torch.allclose(matrices[0].trace(), model[1].weight.double().square().sum())):
+            raise LinAlgError("no convergence")
+        return solve(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    monkeypatch.setattr("torchsmooth._linalg._eigen_otherwise", lambda _: (_ for _ in ()).throw(LinAlgError("never")))
+    with pytest.raises(ValueError, match="weight of layer '1' could not be decomposed"):
+        plan_compression(model, 0.4)

@@ -13,6 +13,7 @@ from ._linalg import LinAlgError
 from ._objective import log_norm, relative_importances
 from ._options import bases_kept, options_of, undecomposed
 from ._prices import ParameterPrices
+from ._spectrum import Anew
 from .layer_plan import LayerPlan, Option
 
 if TYPE_CHECKING:
@@ -84,9 +85,11 @@ class Workshop:
         weight = weight_of(found.module).detach()
         low_rank = KINDS[type(found.module)].like(found.module, choice.rank, choice.scheme, choice.form)
         try:
-            # Where bases of two schemes go into a third, they come from where a plan for the model has them from.
-            tucker = choice.scheme == "tucker"
-            known = self._options(found)["tucker"].spectrum if tucker else None
+            # Where bases of two schemes go into a third, they come from where a plan for the model has them from. Where
+            # it keeps them, they are those of the whole decomposition, however few are wanted.
+            known: Any = Anew() if layer.name in self._with_bases else None
+            if choice.scheme == "tucker":
+                known = self._options(found)["tucker"].spectrum
             low_rank.truncate_(weight, known)
         except LinAlgError as error:
             raise undecomposed(layer.name, error) from error
@@ -102,7 +105,7 @@ class Workshop:
         return FoundLayer(layer.name, module, layer.type, layer.parameters)
 
     def _options(self, found: FoundLayer) -> dict[LayerScheme, Option]:
-        return options_of(found, self._terms.schemes, 1.0, keep_bases=found.name in self._with_bases)
+        return options_of([found], self._terms.schemes, [1.0], keep_bases=found.name in self._with_bases)[0]
 
     def _layouts(self, layer: CheckpointLayer) -> dict[LayerScheme, Layout]:
         return KINDS[type(layer.dense)].layouts(layer.dense, self._terms.schemes) if layer.dense is not None else {}

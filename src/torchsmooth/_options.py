@@ -17,7 +17,7 @@ from ._whitening import output_errors, tucker_output_errors
 from .layer_plan import Option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -32,6 +32,9 @@ _OVERHEAD = 10**6
 # Bytes of bases that a plan keeps in any case; at most, if that is no more than the weights take in float32; and of how
 # many of the largest layers, whatever they take.
 _ROOM, _MOST, _LAYERS = 1 << 26, 1 << 29, 2
+
+# Devices that several weights of one shape are decomposed on at once, and bytes of them in float64.
+_TOGETHER, _AT_ONCE = ("cuda",), 1 << 28
 
 # The side of a scheme's matrix on which a basis of Tucker-2 lies.
 _TUCKER_SIDES: dict[LayerScheme, str] = {"channel": "up", "input": "down"}
@@ -57,30 +60,67 @@ def bases_kept(layouts: Mapping[str, Iterable[Layout]]) -> set[str]:
 
 
 def options_of(
-    found: FoundLayer, schemes: Sequence[str], importance: float, *, keep_bases: bool
-) -> dict[LayerScheme, Option]:
-    """Decompose a layer in every scheme that was asked for.
+    layers: Sequence[FoundLayer], schemes: Sequence[str], importances: Sequence[float], *, keep_bases: bool
+) -> list[dict[LayerScheme, Option]]:
+    """Decompose layers of one shape in every scheme that was asked for.
 
     Args:
-        found: a layer that can be compressed, with finite values.
+        layers: those that can be compressed, with finite values: one, or several that :func:`alike` put together.
         schemes: some of ``SCHEME_OPTIONS``.
-        importance: what its squared relative errors are multiplied with to become losses.
-        keep_bases: whether singular vectors are kept for when the layer is factored.
+        importances: for each, what its squared relative errors are multiplied with to become losses.
+        keep_bases: whether singular vectors are kept for when a layer is factored.
 
     Raises:
-        ValueError: if the weight cannot be decomposed; the message names the layer.
+        ValueError: if a weight cannot be decomposed; the message names the layer.
     """
-    weight = weight_of(found.module)
-    layouts = KINDS[type(found.module)].layouts(found.module, schemes)
+    weights = [weight_of(found.module) for found in layers]
+    layouts = KINDS[type(layers[0].module)].layouts(layers[0].module, schemes)
     try:
-        known = _decomposed(layouts, weight, keep=keep_bases)
+        decomposed = _decomposed(layouts, weights, keep=keep_bases)
     except LinAlgError as error:
-        raise undecomposed(found.name, error) from error
-    options: dict[LayerScheme, Option] = {}
-    for name, layout in layouts.items():
-        errors = known[name].errors()
-        options[name] = Option(layout, errors, importance * errors, torch.finfo(weight.dtype).eps / 2, known[name])
-    return options
+        if len(layers) == 1:
+            raise undecomposed(layers[0].name, error) from error
+        each = zip(layers, importances, strict=True)  # one by one, to see which it was
+        return [options_of([one], schemes, [factor], keep_bases=keep_bases)[0] for one, factor in each]
+    roundoff = torch.finfo(weights[0].dtype).eps / 2
+    found: list[dict[LayerScheme, Option]] = []
+    for known, importance in zip(decomposed, importances, strict=True):
+        errors = {name: one.errors() for name, one in known.items()}
+        found.append(
+            {
+                name: Option(layout, errors[name], importance * errors[name], roundoff, known[name])
+                for name, layout in layouts.items()
+            }
+        )
+    return found
+
+
+def alike(layers: Mapping[str, FoundLayer], kept: Collection[str], owners: Mapping[str, int]) -> dict[str, list[str]]:
+    """Put layers together that are decomposed in one call: on a GPU, which one alone does not fill, those of one shape.
+
+    Args:
+        layers: by name, of those that can be compressed.
+        kept: of which the bases are kept.
+        owners: who decomposes which.
+
+    Returns:
+        For each name, the names of all layers of its call.
+    """
+    calls: dict[object, list[str]] = {}
+    for name, found in layers.items():
+        weight = weight_of(found.module)
+        key: tuple[object, ...] = (name,)
+        if weight.device.type in _TOGETHER:
+            groups = KINDS[type(found.module)].groups(found.module)
+            shape = tuple(weight.shape)
+            key = type(found.module), shape, groups, weight.dtype, weight.device, name in kept, owners.get(name)
+            most = max(1, _AT_ONCE // (8 * weight.numel()))
+            count = 0
+            while len(calls.get((*key, count), ())) >= most:
+                count += 1
+            key = (*key, count)
+        calls.setdefault(key, []).append(name)
+    return {name: names for names in calls.values() for name in names}
 
 
 def decomposition_work(layouts: Iterable[Layout]) -> int:
@@ -101,28 +141,34 @@ def decomposition_work(layouts: Iterable[Layout]) -> int:
 
 
 def _decomposed(
-    layouts: Mapping[LayerScheme, Layout], weight: Tensor, *, keep: bool
-) -> dict[LayerScheme, Decomposition]:
-    """Decompose a weight in some schemes: with bases where they are needed for planning already, or there is no choice.
+    layouts: Mapping[LayerScheme, Layout], weights: Sequence[Tensor], *, keep: bool
+) -> list[dict[LayerScheme, Decomposition]]:
+    """Decompose weights in some schemes: with bases where they are needed for planning already, or there is no choice.
 
     Tucker-2 takes its bases from the schemes ``channel`` and ``input``, where they are planned, too. Unless bases are
     to be kept, they are computed again when the layer is factored.
     """
-    known: dict[LayerScheme, Decomposition] = {}
-    bases: dict[LayerScheme, Tensor | None] = {}
+    known: list[dict[LayerScheme, Decomposition]] = [{} for _ in weights]
+    bases: dict[LayerScheme, list[Tensor | None]] = {}
     for scheme, layout in layouts.items():
         if isinstance(layout, Matricisation):
             for_tucker = "tucker" in layouts and scheme in _TUCKER_SIDES
             with_basis = for_tucker or (keep and len(layouts) == 1)
-            spectrum = Spectrum(layout.to_matrices(weight), with_basis=with_basis, keep=keep)
+            matrices = [layout.to_matrices(weight) for weight in weights]
+            spectra = Spectrum.of_alike(matrices, with_basis=with_basis, keep=keep)
             small_side = "up" if layout.rows <= layout.columns else "down"
-            bases[scheme] = spectrum.basis if _TUCKER_SIDES.get(scheme) == small_side else None
-            known[scheme] = spectrum
+            if _TUCKER_SIDES.get(scheme) == small_side:
+                bases[scheme] = [spectrum.basis for spectrum in spectra]
+            for each, spectrum in zip(known, spectra, strict=True):
+                each[scheme] = spectrum
         elif isinstance(layout, TuckerLayout):  # after the others: in the order of LAYER_SCHEMES it is the last
-            known[scheme] = TuckerSpectrum(layout.to_tensors(weight), bases.get("channel"), bases.get("input"))
+            outer, inner = (bases.get(side, [None] * len(weights)) for side in ("channel", "input"))
+            for each, weight, left, right in zip(known, weights, outer, inner, strict=True):
+                each[scheme] = TuckerSpectrum(layout.to_tensors(weight), left, right)
     if not keep:
-        for one in known.values():
-            one.forget_()
+        for each in known:
+            for one in each.values():
+                one.forget_()
     return known
 
 

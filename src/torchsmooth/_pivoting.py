@@ -154,7 +154,7 @@ def _exchanged(free: Tensor, order: Tensor) -> Tensor:
     order = order.clone()
     every = torch.arange(len(free), device=free.device)
     for _ in range(_UPDATES):
-        row = torch.linalg.vector_norm(free, torch.inf, dim=-1).argmax(-1)
+        row = torch.maximum(free.amax(-1), -free.amin(-1)).argmax(-1)
         along = free[every, row]
         column = along.abs().argmax(-1)
         entry = along[every, column]

@@ -29,7 +29,7 @@ class Prices(Protocol):
         """What the layer costs as it is."""
 
     def table(self, scheme: LayerScheme, layout: Layout, form: Form, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Return the ranks of a scheme and form to choose from, multiples of a number or suited ones, and their prices."""
+        """Return the ranks of a scheme and form to choose from, multiples of a number or suited, and their prices."""
 
     def cost(self, scheme: LayerScheme, layout: Layout, form: Form, rank: Rank) -> int | None:
         """Return the price of one rank, among those to choose from or not; None if it has none."""

@@ -10,6 +10,8 @@ from ._leading import is_few, truncated_factors
 from ._linalg import decompose, factors_in, relative_tail_energies, singular_values, squared_norms
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 # How far, relative to the largest one of its group, squared singular values may be from those that were found first: a
@@ -32,6 +34,14 @@ class Decomposition(Protocol):
         """Return the factors at a rank, without decomposing again if these are the matrices known here."""
 
 
+class Anew:
+    """A decomposition of which nothing is kept: every time it is made anew, whole."""
+
+    def factors(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`Spectrum.factors` does where the basis is kept, to the last bit."""
+        return factors_in(decompose(matrices)[1][..., :rank], matrices)[:2]
+
+
 class Spectrum:
     """The singular values of a weight in one matricisation and, once it is known, the basis of its small side.
 
@@ -47,7 +57,6 @@ class Spectrum:
     """
 
     def __init__(self, matrices: Tensor, *, with_basis: bool, keep: bool = True) -> None:
-        self._values: Tensor
         self._basis: Tensor | None = None
         self._keep = keep
         if with_basis:
@@ -55,6 +64,22 @@ class Spectrum:
             self._values, self._basis = values.cpu(), basis.cpu()
         else:
             self._values = singular_values(matrices).cpu()
+
+    @classmethod
+    def of_alike(cls, several: Sequence[Tensor], *, with_basis: bool, keep: bool = True) -> list[Spectrum]:
+        """Decompose several weights of one shape in one call, each as it is alone but for rounding."""
+        if len(several) == 1:
+            return [cls(several[0], with_basis=with_basis, keep=keep)]
+        together = cls(torch.cat(list(several)), with_basis=with_basis, keep=keep)
+        found = []
+        for group in range(0, len(together._values), len(several[0])):
+            one = cls.__new__(cls)
+            part = slice(group, group + len(several[0]))
+            # Clones, or each would keep all of them in memory.
+            one._values, one._keep = together._values[part].clone(), keep
+            one._basis = None if together._basis is None else together._basis[part].clone()
+            found.append(one)
+        return found
 
     @property
     def basis(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from ._expansion import refuse_low_rank
 from ._layers import KINDS, FoundLayer, find_layers, rows_of, weight_of, weights_of
 from ._lowrank_layer import LowRankLayer
 from ._objective import importances
-from ._options import bases_kept, decomposition_work, options_of, output_losses
+from ._options import alike, bases_kept, decomposition_work, options_of, output_losses
 from ._planner import FILTERED, Planner, Subject
 from ._prices import ParameterPrices
 from ._ranks import ALONE
@@ -104,12 +104,19 @@ class Workpiece:
         importance = dict(zip(weights, importances(list(weights.values()), rows), strict=True))
         layouts = {name: _layouts(one, request.schemes) for name, one in able.items()}
         kept = bases_kept(layouts)
-        options = request.team.share(
-            request.team.divide({name: decomposition_work(several) for name, several in layouts.items()}),
-            lambda name: options_of(able[name], request.schemes, importance[name], keep_bases=name in kept),
-            "Decomposing layers",
-            show=request.show,
-        )
+        owners = request.team.divide({name: decomposition_work(several) for name, several in layouts.items()})
+        together = alike(able, kept, owners)
+        ready: dict[str, dict[LayerScheme, Option]] = {}
+
+        def decompose(name: str) -> dict[LayerScheme, Option]:
+            if name not in ready:
+                names = together[name]
+                layers, factors = [able[one] for one in names], [importance[one] for one in names]
+                found = options_of(layers, request.schemes, factors, keep_bases=name in kept)
+                ready.update(zip(names, found, strict=True))
+            return ready.pop(name)
+
+        options = request.team.share(owners, decompose, "Decomposing layers", show=request.show)
         self.layers = [_layer_plan(one, request, options.get(one.name, {})) for one in found]
         if request.calibration is not None:
             self._calibrate(request.calibration, {one.name: one.module for one in found}, importance)
