@@ -21,7 +21,7 @@ from tests import checkpoints
 from tests.checkpoints import KINDS, load, out, same, save
 from tests.networks import Tied, mlp, small_resnet
 from tests.strategies import fill_, hard_matrix, randn, seeds
-from torchsmooth import compress_checkpoint, load_compressed_, svd_compress_
+from torchsmooth import _leading, _options, compress_checkpoint, load_compressed_, svd_compress_
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -77,6 +77,21 @@ def test_the_same_tensors_as_from_the_model_bit_for_bit(tmp_path_factory, seed, 
     again = load_compressed_(mixed(seed + 1, dtype), out(folder, kind))
     assert same(again.state_dict(), model.state_dict())
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("room", [1 << 26, 0])
+def test_few_vectors_of_large_weights_are_found_as_from_the_model(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(_leading, "_LARGE", 32)
+    monkeypatch.setattr(_options, "_ROOM", room)
+    monkeypatch.setattr(_options, "_LAYERS", int(room > 0))
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    for layer in model:
+        layer.weight.data = hard_matrix("decaying", 64, 64, 5, torch.float64).float()
+    source = save(model.state_dict(), tmp_path, "safetensors")
+    report = compress_checkpoint(source, out(tmp_path, "safetensors"), 0.93, form="factored")
+    assert all(layer.rank <= 4 for layer in report.compressed)
+    assert svd_compress_(model, 0.93, form="factored") == report
+    assert same(load(out(tmp_path, "safetensors")), model.state_dict())
 
 
 class Words(nn.Module):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._linalg import decompose, eigen, factors_in, single_scaled, widened, working_copy
+from ._linalg import decompose, eigen, factors_in, is_good_for, single_scaled, widened, working_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,15 @@ def leading_basis(matrices: Tensor, rank: int) -> Tensor:
     """
     with torch.autocast(matrices.device.type, enabled=False):
         found = _tried(widened(matrices), rank) if is_few(matrices, rank) else None
-    return decompose(matrices)[1][..., :rank] if found is None else found
+    return whole_basis(matrices, rank)[1] if found is None else found
+
+
+def whole_basis(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Decompose matrices, and return all singular values and the first columns of the basis, good for that rank."""
+    values, basis = decompose(matrices)
+    if not is_good_for(values, basis, rank):
+        values, basis = decompose(matrices, exact=True)
+    return values, basis[..., :rank]
 
 
 def truncated_factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:

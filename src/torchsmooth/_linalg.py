@@ -7,9 +7,9 @@ wider the matrix (measured by ``benchmarks/decompose.py``). Float64 weights, for
 digits, take the SVD.
 
 Large matrices try the same in float32 first, in about half of the time. Rounding there is about 1e-7 of the largest
-squared singular value, so it is good enough where the others are not much smaller than that one, as in networks trained
-in the ordinary way; where the spectrum has decayed, as smooth training makes it, float64 is taken after all. With that,
-no truncation is further from the weight than the SVD's by 1e-6 of its norm (``tests/test_linalg.py``).
+squared singular value, so it is good enough where those that matter are not much smaller than that one, as in networks
+trained in the ordinary way; where the spectrum has decayed, as smooth training makes it, float64 is taken after all.
+With that, no truncation is further from the weight than the SVD's by 1e-6 of its norm (``tests/test_leading.py``).
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ _PIECE = 1 << 20
 
 # From this small side on, float32 is tried first: below it there is little time to be saved.
 LARGE = 256
-# How much larger than the one three quarters down the spectrum the largest squared singular value may be for float32.
-_FLAT = 500.0
+# How much larger than the one three quarters down the spectrum the largest squared singular value may be, so that
+# float32 shows the spectrum at all; and so that its vectors are good for every rank.
+_SEEN, _FLAT = 2e4, 500.0
+# For one rank they are if it may be this much larger than the last one that is kept, and this share of the squares is
+# left out.
+_KEPT, _LEFT_OUT = 2e3, 1e-2
 
 
 def working_copy(matrices: Tensor) -> Tensor:
@@ -174,35 +178,53 @@ def _float32_is_whole() -> bool:
         return False
 
 
-def _is_flat(squares: Tensor) -> bool:
-    """Say whether float32 sees the whole spectrum; ``(..., k)``, smallest first."""
-    quarter = squares[..., squares.shape[-1] // 4]
-    return bool((squares[..., -1] <= _FLAT * quarter).all())
+def _no_steeper(squares: Tensor, limit: float) -> bool:
+    """Compare the largest of ``(..., k)``, smallest first, to the one three quarters down."""
+    return bool((squares[..., -1] <= limit * squares[..., squares.shape[-1] // 4]).all())
+
+
+def is_good_for(values: Tensor, basis: Tensor, rank: int) -> bool:
+    """Say whether a basis gives a truncation as good as the SVD's; if not, it is to be found by ``exact=True``.
+
+    Args:
+        values: ``(..., k)`` in float64, and
+        basis: ``(..., k, k)``, as :func:`decompose` returned them.
+        rank: how much of the basis is to be used.
+    """
+    if basis.dtype == torch.float64:
+        return True
+    squares = (values / values.amax().clamp_min(torch.finfo(torch.float64).tiny)).square()
+    if _no_steeper(squares.flip(-1), _FLAT):
+        return True
+    large_enough = squares[..., 0] <= _KEPT * squares[..., rank - 1]
+    left_out = squares[..., rank:].sum(-1) >= _LEFT_OUT * squares.sum(-1)
+    return bool((large_enough & left_out).all())
 
 
 def _try_single(matrices: Tensor) -> bool:
     return min(matrices.shape[-2:]) >= LARGE and matrices.dtype != torch.float64 and _float32_is_whole()
 
 
-def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def decompose(matrices: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
     """Singular values, largest first, and the singular vectors of the small side.
 
     Args:
         matrices: ``(..., m, n)``, any floating dtype, any strides.
+        exact: whether to spare no time: float32 is not tried.
 
     Returns:
-        ``(..., k)`` in float64, and ``(..., k, k)`` in float64 or, for large matrices, float32, k = min(m, n); the
-        columns of the second are orthonormal. They are left singular vectors of a wide or square matrix, right ones of
-        a tall one.
+        ``(..., k)`` in float64, and ``(..., k, k)`` in float64 or, for large matrices, float32 (:func:`is_good_for`
+        says for which ranks that will do), k = min(m, n); the columns of the second are orthonormal. They are left
+        singular vectors of a wide or square matrix, right ones of a tall one.
     """
     wide = widened(matrices)
     if matrices.dtype == torch.float64:
         basis, values, _ = torch.linalg.svd(wide, full_matrices=False)
         return values, basis
-    if _try_single(wide):
+    if not exact and _try_single(wide):
         gram, power = _single_gram(wide)
         squares, vectors = eigen(gram)
-        if _is_flat(squares):
+        if _no_steeper(squares, _SEEN):
             return squares.flip(-1).clamp_min(0).double().sqrt() * power.squeeze(-1), vectors.flip(-1)
     squares, vectors = eigen(_gram(wide))
     return squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
@@ -225,7 +247,7 @@ def singular_values(matrices: Tensor, *, exact: bool = False) -> Tensor:
     if not exact and _try_single(wide):
         gram, power = _single_gram(wide)
         squares = eigenvalues(gram)
-        if _is_flat(squares):
+        if _no_steeper(squares, _SEEN):
             return squares.flip(-1).clamp_min(0).double().sqrt() * power.squeeze(-1)
     return eigenvalues(_gram(wide)).flip(-1).clamp_min(0).sqrt()
 
@@ -250,7 +272,7 @@ def relative_tail_energies(values: Tensor) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)]) / tails[0]
 
 
-def _orthonormal(basis: Tensor) -> Tensor:
+def orthonormal(basis: Tensor) -> Tensor:
     """Return columns that are orthonormal to float32's rounding in float64, orthonormal to that of float64."""
     if basis.dtype == torch.float64:
         return basis
@@ -278,7 +300,7 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]
     # Scaled first, or the squares of very large and very small entries would leave the range of float64; by a power of
     # four, so that nothing is rounded, neither here nor by the square root below.
     half = (_exponents(wide) // 2).to(torch.float64).exp2()
-    basis = _orthonormal(basis.to(half.device))
+    basis = orthonormal(basis.to(half.device))
     projected = torch.cat([basis.mT @ (piece / half / half) for piece in pieces(wide)], -1)
     sizes = torch.linalg.vector_norm(projected, dim=-1)
     root = sizes.sqrt()

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ._leading import is_few, truncated_factors
-from ._linalg import decompose, factors_in, relative_tail_energies, singular_values, squared_norms
+from ._leading import is_few, truncated_factors, whole_basis
+from ._linalg import decompose, factors_in, is_good_for, relative_tail_energies, singular_values, squared_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Anew:
 
     def factors(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return what :meth:`Spectrum.factors` does where the basis is kept, to the last bit."""
-        return factors_in(decompose(matrices)[1][..., :rank], matrices)[:2]
+        return factors_in(whole_basis(matrices, rank)[1], matrices)[:2]
 
 
 class Spectrum:
@@ -107,8 +107,10 @@ class Spectrum:
                 return truncated_factors(matrices, rank)
             values, basis = decompose(matrices)
             if not self._agrees(values):  # the weight of another model: nothing to keep
-                return factors_in(basis[..., :rank], matrices)[:2]
+                return truncated_factors(matrices, rank)
             self._basis = basis.cpu() if self._keep else None
+        if not is_good_for(self._values, basis, rank):
+            basis = decompose(matrices, exact=True)[1]
         up, down, sizes = factors_in(basis[..., :rank], matrices)
         return (up, down) if self._holds(sizes, matrices) else truncated_factors(matrices, rank)
 

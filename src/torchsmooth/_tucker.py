@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._linalg import decompose, eigen, working_copy
+from ._linalg import decompose, eigen, orthonormal, working_copy
 
 # Sweeps over the two bases; more have not been seen to gain anything that matters.
 _SWEEPS = 3
@@ -69,7 +69,9 @@ def tucker_bases(tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 def _small_side(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
-    return decompose(matrices)[1].double() if rows <= columns else _basis(working_copy(matrices), columns, exact=True)
+    if rows > columns:
+        return _basis(working_copy(matrices), columns, exact=True)
+    return orthonormal(decompose(matrices)[1])
 
 
 def tucker_core(tensors: Tensor, outer: Tensor, inner: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._linalg import orthonormal
 from ._tucker import tucker_bases, tucker_energies, tucker_errors, tucker_factors
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class TuckerSpectrum:
     def __init__(self, tensors: Tensor, outer: Tensor | None = None, inner: Tensor | None = None) -> None:
         if outer is None or inner is None:
             outer, inner = tucker_bases(tensors)
+        outer, inner = orthonormal(outer), orthonormal(inner)
         self._bases: tuple[Tensor, Tensor] | None = (outer.cpu(), inner.cpu())
         self._energies = tucker_energies(tensors, (outer, inner))
 
