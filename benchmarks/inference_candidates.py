@@ -179,7 +179,7 @@ def _by_peer(small: nn.Module, peer: Peer) -> nn.Module:
 def _made(candidate: Candidate, make: Callable[[], nn.Module]) -> Candidate:
     try:
         candidate.model = make()
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         candidate.problem = str(error).splitlines()[0]
     return candidate
 

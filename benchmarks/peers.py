@@ -94,7 +94,7 @@ def _tucker_convolution(layer: LowRankConv2d) -> nn.Module:
 
 def by_fasterai(layer: LowRank) -> nn.Module:
     """Let fasterai decompose the dense layer, at the same rank."""
-    dense = layer.to_dense()
+    dense = layer.to_dense().float()  # it has no half precision
     if isinstance(layer, LowRankLinear):
         decomposer: Any = importlib.import_module("fasterai.misc.fc_decomposer").FC_Decomposer()
         size = min(layer.in_features, layer.out_features)
