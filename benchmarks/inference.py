@@ -217,6 +217,11 @@ def notes_of(arguments: argparse.Namespace, absent: Sequence[str]) -> Iterator[s
         "is held to the limit of the same model before it was tuned."
     )
     yield f"{ABOUT_WEIGHTS} A sample of the Llama-like block is 128 tokens."
+    if arguments.device.startswith("cuda"):
+        yield (
+            f"TF32 in float32: {_yes(torch.backends.cuda.matmul.allow_tf32)} in matrix products, "
+            f"{_yes(torch.backends.cudnn.allow_tf32)} in convolutions, as torch has it by default."
+        )
     if EQUAL in arguments.groups:
         shared = "; ".join(f"{name}: {one.equal}" for name, one in PEERS.items())
         yield f"Equal ranks: scheme channel, form factored, the ranks of one plan. {shared}."
@@ -225,6 +230,10 @@ def notes_of(arguments: argparse.Namespace, absent: Sequence[str]) -> Iterator[s
         yield f"Not installed here, and left out: {missing} (see `peers.py`)."
     if absent:
         yield "Left out: " + "; ".join(absent)
+
+
+def _yes(setting: object) -> str:
+    return "on" if setting else "off"
 
 
 def read_options() -> argparse.Namespace:

@@ -97,7 +97,6 @@ class Subject:
         """
         key = f"{group} {len(inputs)}" if group == "latency" else group
         if key not in self._plans:
-            self._plans = {name: plans for name, plans in self._plans.items() if not name.startswith("latency")}
             given = inputs if group == "latency" else self._sample
             options = {"example_inputs": given} if "target" in _SWEEPS[group] else {}
             self._plans[key] = reachable_plans(self.model, self.ratios, progress=False, **options, **_SWEEPS[group])
@@ -133,9 +132,7 @@ class Subject:
         for name, peer in PEERS.items():
             if peer.missing:
                 continue
-            candidate = _made(
-                one(f"{EQUAL}, {name}"), partial(lambda peer: replaced_(copy.deepcopy(small), peer), peer)
-            )
+            candidate = _made(one(f"{EQUAL}, {name}"), partial(_by_peer, small, peer))
             if candidate.model is not None:
                 candidate.fewer = self.fewer(candidate.model)
             yield candidate

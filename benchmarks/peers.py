@@ -4,7 +4,7 @@ Their dependencies are in the extra ``peers``. fasterai asks for fastai, which m
 of it here: ``pip install --no-deps fasterai`` beside the extra. Looked at as well, and not among them:
 
 - greenformer 0.2.2 cannot be imported beside a current transformers (it takes ``Conv1D`` from where that no longer is).
-- mosaicml 0.32.1 (Composer) holds torch below 2.8, and its layers are two plain ones in a row.
+- mosaicml 0.32.1 (Composer) holds torch below 2.7.1, and its layers are two plain ones in a row.
 - geotorch 0.4.0 constrains a weight to be of low rank and multiplies it out at every call: nothing gets smaller.
 - tednet 0.1.3 and torchtt 0.5.0 make random layers of tensor networks, of other ranks, with no way to a given weight.
 - lowrank 1.0.0, low-rank-toolbox 2.0.0 have no layers; factorizer 0.9.6 cannot be built.
