@@ -20,7 +20,9 @@ import copy
 import math
 import multiprocessing
 import statistics
+import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,8 +111,9 @@ def resident(which: str) -> float:
 
 def apart(path: Path, way: str, arguments: argparse.Namespace) -> float:
     """Measure memory in a process of its own, whose peak nothing else has raised."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1) as pool, suppress(RuntimeError):  # out of memory or of time
         return pool.apply(peak_memory, (path, way, arguments.limit, arguments.device, torch.get_num_threads()))
+    return math.nan
 
 
 def row(name: str, one: Measured, found: dict[str, Measured]) -> list[str]:
@@ -165,8 +168,11 @@ def main() -> None:
                 if not math.isnan(found[way].seconds):
                     found[way].memory = apart(path, way, arguments)
                 bar.update()
-            header = ["way", "time", f"{BASE}: times as long", f"of {LIMIT}, times", "memory"]
-            tables[heading] = header, [row(way, one, found) for way, one in found.items()]
+            header = ["way", "time", f"faster than {BASE}, by", f"as long as {LIMIT}, times", "memory"]
+            rows = [row(way, one, found) for way, one in found.items()]
+            tables[heading] = header, rows
+            for one in rows:
+                tqdm.write(f"{name} | {' | '.join(one)}", file=sys.stderr)
     header = ["model", "low-rank layers", "largest difference of a layer's relative error"]
     tables["Against a float64 SVD of each layer, scheme channel"] = header, same
     notes = [
@@ -174,7 +180,7 @@ def main() -> None:
         *(f"Not installed here, and left out: {name}." for name, way in PEERS.items() if way.missing),
     ]
     title = f"Compressing to {RATIO:.0%} fewer parameters: time (medians of alternating runs) and memory over the model"
-    publish_tables("compress_time", title, notes, tables, arguments)
+    publish_tables("compress_time", title, notes, tables, arguments, sys.argv[1:])
 
 
 if __name__ == "__main__":

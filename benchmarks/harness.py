@@ -6,6 +6,7 @@ import argparse
 import datetime as dt
 import math
 import platform
+import shlex
 import statistics
 import time
 from pathlib import Path
@@ -143,6 +144,7 @@ def publish_tables(
     notes: Sequence[str],
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
     arguments: argparse.Namespace,
+    given: Sequence[str] = (),
 ) -> None:
     """Print several tables in Markdown and, if asked to, write them to ``benchmarks/results/NAME-DEVICE.md``.
 
@@ -152,9 +154,10 @@ def publish_tables(
         notes: paragraphs under the title.
         tables: header and rows of each table, by its heading; an empty heading is left out.
         arguments: the command line.
+        given: the same as it was typed, where the table is another with other options.
     """
-    command = f"`python benchmarks/{name}.py --write`"
-    lines = [f"# {title}", "", f"{circumstances(arguments.device)}. {command}", ""]
+    command = shlex.join(["python", f"benchmarks/{name}.py", *(given or ["--write"])])
+    lines = [f"# {title}", "", f"{circumstances(arguments.device)}. `{command}`", ""]
     for note in notes:
         lines += [note, ""]
     for heading, (header, rows) in tables.items():

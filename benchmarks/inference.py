@@ -17,6 +17,7 @@ import gc
 import itertools
 import math
 import statistics
+import sys
 import types
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -195,7 +196,9 @@ def table_of(
                 candidates = [Candidate(DENSE, problem=problem_of(error))]
             found = measure(candidates, mode, arguments)
             for one in candidates:
-                cells.setdefault((ratio, one.name), {})[batch] = text_of(one, found, batch)
+                text = text_of(one, found, batch)
+                cells.setdefault((ratio, one.name), {})[batch] = text
+                tqdm.write(f"{mode}, batch {batch}, −{ratio:.0%} | {one.name} | {text}", file=sys.stderr)
             del candidates
             gc.collect()
             bar.update()
@@ -274,7 +277,7 @@ def main() -> None:
                 tables[", ".join(one)] = table
             del subject
     title = "Inference: how much faster a compressed model is"
-    publish_tables("inference", title, list(notes_of(arguments, absent)), tables, arguments)
+    publish_tables("inference", title, list(notes_of(arguments, absent)), tables, arguments, sys.argv[1:])
 
 
 if __name__ == "__main__":

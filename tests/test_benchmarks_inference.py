@@ -300,6 +300,15 @@ def test_a_compressed_model_is_as_near_as_float64_svds_of_the_same_ranks(seed, r
     assert difference < 1e-6
 
 
+def test_errors_are_compared_inside_of_attention_too():
+    model = nn.Sequential(fill_(nn.TransformerEncoderLayer(24, 2, 32, batch_first=True), 0))
+    expected = sum(one.rank is not None for one in torchsmooth.plan_compression(model, 0.6, scheme="channel"))
+    difference, layers = compress_ways.largest_difference(model, 0.6)
+    assert layers == expected
+    assert isinstance(model[0].self_attn, torchsmooth.LowRankMultiheadAttention)
+    assert difference < 1e-6
+
+
 def test_a_model_that_was_cut_worse_is_found_out(monkeypatch):
     model = nn.Sequential(fill_(nn.Linear(24, 20), 0))
     apply = torchsmooth.CompressionPlan.apply_
