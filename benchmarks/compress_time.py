@@ -175,10 +175,8 @@ def main() -> None:
                 tqdm.write(f"{name} | {' | '.join(one)}", file=sys.stderr)
     header = ["model", "low-rank layers", "largest difference of a layer's relative error"]
     tables["Against a float64 SVD of each layer, scheme channel"] = header, same
-    notes = [
-        ABOUT_WEIGHTS,
-        *(f"Not installed here, and left out: {name}." for name, way in PEERS.items() if way.missing),
-    ]
+    missing = ", ".join(name for name, way in PEERS.items() if way.missing)
+    notes = [ABOUT_WEIGHTS, *([f"Not installed here, and left out: {missing} (see `peers.py`)."] if missing else [])]
     title = f"Compressing to {RATIO:.0%} fewer parameters: time (medians of alternating runs) and memory over the model"
     publish_tables("compress_time", title, notes, tables, arguments, sys.argv[1:])
 
