@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import math
 import platform
+import shlex
 import statistics
 import time
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+_MOST_REPEATS = 200
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -52,30 +56,62 @@ def median_seconds(candidates: Sequence[Callable[[], object]], device: str, runs
     Returns:
         The median of each candidate's runs, in seconds.
     """
+    return [statistics.median(times) for times in alternating_seconds(candidates, device, runs)]
+
+
+def alternating_seconds(
+    candidates: Sequence[Callable[[], object]],
+    device: str,
+    runs: int,
+    least: float = 0.0,
+) -> list[list[float]]:
+    """Time several candidates in turn, as :func:`median_seconds` does, and return every run.
+
+    Args:
+        candidates: functions without arguments.
+        device: where they compute; on CUDA the time is taken with events.
+        runs: counted runs of each, after one warm-up.
+        least: seconds that one run should last; what is shorter is called several times in it.
+
+    Returns:
+        The seconds of one call in each of a candidate's runs.
+    """
+    repeats = []
     for candidate in candidates:
-        candidate()
+        first = once(candidate, device)
+        if least > first:  # the first call of all is longer than the others
+            first = once(candidate, device)
+        repeats.append(max(1, min(_MOST_REPEATS, math.ceil(least / max(first, 1e-9)))))
     samples: list[list[float]] = [[] for _ in candidates]
     for _ in range(runs):
-        for candidate, times in zip(candidates, samples, strict=True):
-            times.append(_once(candidate, device))
-    return [statistics.median(times) for times in samples]
+        for candidate, times, count in zip(candidates, samples, repeats, strict=True):
+            times.append(once(candidate, device, count))
+    return samples
 
 
-def _once(candidate: Callable[[], object], device: str) -> float:
+def once(candidate: Callable[[], object], device: str, repeats: int = 1) -> float:
+    """Return the seconds that a call takes, on average over a few."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
-        candidate()
-        return time.perf_counter() - start
+        for _ in range(repeats):
+            candidate()
+        return (time.perf_counter() - start) / repeats
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    candidate()
+    for _ in range(repeats):
+        candidate()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """Record what a function does on the GPU, and return a function that replays it."""
+def graphed(call: Callable[[], object], pool: object = None) -> Callable[[], object]:
+    """Record what a function does on the GPU, and return a function that replays it.
+
+    Args:
+        call: a function without arguments, whose result nobody needs.
+        pool: ``torch.cuda.graph_pool_handle()``, for graphs that are never replayed at once to share their memory.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -83,7 +119,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         call()
     return graph.replay
 
@@ -99,10 +135,37 @@ def publish(
     name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], arguments: argparse.Namespace
 ) -> None:
     """Print a table in Markdown and, if asked to, write it to ``benchmarks/results/NAME-DEVICE.md``."""
-    lines = [f"# {title}", "", f"{circumstances(arguments.device)}. `python benchmarks/{name}.py --write`", ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    text = "\n".join(lines) + "\n"
+    publish_tables(name, title, (), {"": (header, rows)}, arguments)
+
+
+def publish_tables(
+    name: str,
+    title: str,
+    notes: Sequence[str],
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
+    arguments: argparse.Namespace,
+    given: Sequence[str] = (),
+) -> None:
+    """Print several tables in Markdown and, if asked to, write them to ``benchmarks/results/NAME-DEVICE.md``.
+
+    Args:
+        name: that of the script.
+        title: what is compared.
+        notes: paragraphs under the title.
+        tables: header and rows of each table, by its heading; an empty heading is left out.
+        arguments: the command line.
+        given: the same as it was typed, where the table is another with other options.
+    """
+    command = shlex.join(["python", f"benchmarks/{name}.py", *(given or ["--write"])])
+    lines = [f"# {title}", "", f"{circumstances(arguments.device)}. `{command}`", ""]
+    for note in notes:
+        lines += [note, ""]
+    for heading, (header, rows) in tables.items():
+        lines += [f"## {heading}", ""] if heading else []
+        lines += ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += [""] if heading else []
+    text = "\n".join(lines).rstrip("\n") + "\n"
     print(text)
     if arguments.write:
         folder = Path(__file__).parent / "results"

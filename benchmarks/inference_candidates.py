@@ -1,0 +1,190 @@
+"""What `inference.py` compares: a model dense, compressed for each target, tuned, and with the layers of peers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peers import PEERS, replaced_
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import torchsmooth
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from peers import Peer
+    from timed_models import Entry
+
+DENSE = "dense"
+EQUAL = "equal ranks"  # beside the targets: what peers are compared at
+GROUPS = ("params", "macs", "latency", EQUAL)
+_SWEEPS: dict[str, dict[str, Any]] = {
+    "params": {},
+    "macs": {"target": "macs"},
+    "latency": {"target": "latency"},
+    EQUAL: {"scheme": "channel", "form": "factored"},
+}
+_LAST = torch.channels_last
+
+
+@dataclass
+class Candidate:
+    """A model to be timed, or why there is none.
+
+    Attributes:
+        name: what it is.
+        model: None if it could not be made.
+        inputs: what it is called with.
+        fewer: how many times fewer multiply-adds than dense the compressed model takes, before it is tuned.
+        problem: why there is no model, or no time.
+    """
+
+    name: str
+    model: nn.Module | None = None
+    inputs: Tensor | None = None
+    fewer: float = 1.0
+    problem: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is one of the two that speed-ups are against."""
+        return self.name.startswith(DENSE)
+
+
+def multiply_adds(model: nn.Module, inputs: Tensor) -> int:
+    """Count the multiply-adds of a model, half of what torch calls floating-point operations."""
+    # Fused attention layers would pass the counter by.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return int(counter.get_total_flops()) // 2
+
+
+class Subject:
+    """One model in one dtype, and the plans for it.
+
+    Args:
+        entry: how to build it.
+        device: where it computes.
+        dtype: of its weights and inputs.
+        ratios: fractions to remove.
+    """
+
+    def __init__(self, entry: Entry, device: str, dtype: torch.dtype, ratios: Sequence[float]) -> None:
+        self.entry, self.device, self.dtype, self.ratios = entry, device, dtype, ratios
+        self.model = entry.model().to(device, dtype)
+        self._sample = self.inputs(1)
+        self._dense = multiply_adds(self.model, self._sample)
+        self._plans: dict[str, dict[float, Any]] = {}
+
+    def inputs(self, batch: int) -> Tensor:
+        """Draw a batch."""
+        return self.entry.inputs(batch).to(self.device, self.dtype)
+
+    def plans(self, group: str, inputs: Tensor) -> dict[float, Any]:
+        """Return the plan for each ratio, or the reason why there is none.
+
+        Times depend on the batch and are measured for each; everything else is planned once.
+        """
+        key = f"{group} {len(inputs)}" if group == "latency" else group
+        if key not in self._plans:
+            given = inputs if group == "latency" else self._sample
+            options = {"example_inputs": given} if "target" in _SWEEPS[group] else {}
+            self._plans[key] = reachable_plans(self.model, self.ratios, progress=False, **options, **_SWEEPS[group])
+        return self._plans[key]
+
+    def fewer(self, model: nn.Module) -> float:
+        """Return how many times fewer multiply-adds than the dense model another one takes."""
+        return self._dense / multiply_adds(model, self._sample)
+
+    def candidates(self, batch: int, ratio: float, groups: Sequence[str]) -> Iterator[Candidate]:
+        """Make everything that is to be compared at one ratio and one size of the batch."""
+        inputs = self.inputs(batch)
+        images = self.entry.takes_images
+        yield Candidate(DENSE, copy.deepcopy(self.model), inputs)
+        if images:
+            yield _channels_last(Candidate(DENSE, self.model, inputs))
+        for group in groups:
+            name = group if group == EQUAL else f"target {group}"
+            plan = self.plans(group, inputs)[ratio]
+            if isinstance(plan, str):
+                yield Candidate(name, problem=plan)
+                continue
+            small = copy.deepcopy(self.model)
+            plan.apply_(small, progress=False)
+            limit = self.fewer(small)
+            one = partial(Candidate, inputs=inputs, fewer=limit)
+            yield one(name, small)
+            yield _made(one(f"{name}, tune_"), partial(tuned, small, inputs))
+            if group == EQUAL:
+                yield from self._of_peers(small, one, images=images)
+
+    def _of_peers(self, small: nn.Module, one: Callable[..., Candidate], *, images: bool) -> Iterator[Candidate]:
+        for name, peer in PEERS.items():
+            if peer.missing:
+                continue
+            candidate = _made(one(f"{EQUAL}, {name}"), partial(_by_peer, small, peer))
+            if candidate.model is not None:
+                candidate.fewer = self.fewer(candidate.model)
+            yield candidate
+            if images and candidate.model is not None:
+                yield _channels_last(candidate)
+
+
+def reachable_plans(model: nn.Module, ratios: Sequence[float], **options: Any) -> dict[float, Any]:
+    """Plan for each ratio from one decomposition; where one cannot be reached, say why instead."""
+    wanted, found = sorted(ratios), {}
+    while wanted:
+        plans = _swept(model, wanted, options)
+        if isinstance(plans, str):
+            failed = next((one for one in wanted if plans.startswith(f"ratio {one} ")), wanted[0])
+            reason = plans.removeprefix(f"ratio {failed} ").partition(". ")[0]
+            found |= {one: reason for one in wanted if one >= failed}
+            wanted = [one for one in wanted if one < failed]
+        else:
+            return found | dict(zip(wanted, plans, strict=True))
+    return found
+
+
+def _swept(model: nn.Module, ratios: Sequence[float], options: dict[str, Any]) -> list[Any] | str:
+    try:
+        return torchsmooth.sweep(model, ratios, **options)
+    except ValueError as error:
+        return str(error)
+
+
+def tuned(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a tuned copy of a compressed model."""
+    model = copy.deepcopy(model)
+    torchsmooth.tune_(model, inputs, progress=False)
+    return model
+
+
+def _by_peer(small: nn.Module, peer: Peer) -> nn.Module:
+    return replaced_(copy.deepcopy(small), peer)
+
+
+def _made(candidate: Candidate, make: Callable[[], nn.Module]) -> Candidate:
+    try:
+        candidate.model = make()
+    except (ValueError, TypeError, RuntimeError) as error:
+        candidate.problem = str(error).splitlines()[0]
+    return candidate
+
+
+def _channels_last(candidate: Candidate) -> Candidate:
+    """Copy a candidate, with weights and images whose channels come last."""
+    model, inputs = copy.deepcopy(candidate.model), candidate.inputs
+    if model is None or inputs is None:
+        raise ValueError(f"{candidate.name} has no model to copy.")
+    name = f"{candidate.name}, channels_last"
+    return Candidate(name, model.to(memory_format=_LAST), inputs.to(memory_format=_LAST), candidate.fewer)
