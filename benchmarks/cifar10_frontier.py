@@ -146,8 +146,10 @@ class _Bench:
                 if key is not keys[0]:
                     torchsmooth.recalibrate_batchnorm_(model, self._batches)
                 found = {"reached": 1 - left / self._total, "accuracy": self._accuracy(model), "parameters": left}
-            dense = found["accuracy"] if self.dense is None else self.dense
-            self._results.add(key | found | {"dense": dense, "parameters_dense": self._total} | self._circumstances())
+            if self.dense is None:
+                self.dense = found["accuracy"]
+            compared = {"dense": self.dense, "parameters_dense": self._total}
+            self._results.add(key | found | compared | self._circumstances())
 
     def _accuracy(self, model: nn.Module) -> float:
         size = 50 if self._inputs.device.type == "cpu" else 1000  # on a CPU faster than larger ones
