@@ -1,9 +1,9 @@
 """Are smooth networks as accurate as plain ones on CIFAR-10, and how much of that is left when they are compressed?
 
 Trains a network once for each penalty and seed (or loads it, where it was trained before), compresses it by every
-method and ratio with no fine-tuning, and writes a line of JSON for each number to ``results.jsonl`` in the output folder,
-from which ``report.py`` makes the page. An interrupted command is given again and goes on: with the epoch that it was in,
-and with the numbers that are missing. Without options: a ResNet-18 of width 16, 15 epochs, three seeds.
+method and ratio with no fine-tuning, and writes a line of JSON for each number to ``results.jsonl`` in the output
+folder, from which ``report.py`` makes the page. An interrupted command is given again and goes on: with the epoch that
+it was in, and with the numbers that are missing. Without options: a ResNet-18 of width 16, 15 epochs, three seeds.
 
 5,000 of the 50,000 training images are held out of every training. Strengths are compared on these alone:
 

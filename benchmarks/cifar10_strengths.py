@@ -34,9 +34,11 @@ def chosen_strength(lines: Iterable[Line], run: Run, ratio: float) -> float:
     ratio = Candidate(run.penalty, 0.0).ratio or ratio
     wanted = {key: value for key, value in asdict(run).items() if key not in {"strength", "seed"}}
     wanted |= {"split": "held_out", "method": METHOD, "ratio": ratio}
+    matching = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+    most = max((line["images"] for line in matching), default=0)
     found: dict[float, list[float]] = {}
-    for line in lines:
-        if all(line[key] == value for key, value in wanted.items()) and line["accuracy"] is not None:
+    for line in matching:
+        if line["images"] == most and line["accuracy"] is not None:  # without those of a trial
             found.setdefault(line["strength"], []).append(line["accuracy"])
     if not found:
         raise ValueError(

@@ -150,7 +150,7 @@ def format_group(group: Group, pictures: Mapping[str, str]) -> str:
         images = max(line["images"] for line in group.tried)
         parts += [
             "### Strengths tried",
-            f"Accuracy on {images:,} images held out: dense, and compressed without data → with BatchNorm estimated anew.",
+            f"Accuracy on {images:,} images held out: dense; compressed without data → with BatchNorm estimated anew.",
             format_strengths(group.tried),
         ]
     return "\n\n".join(parts)
