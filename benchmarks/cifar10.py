@@ -147,8 +147,7 @@ def main() -> None:
     )
     tried: list[Line] = []
     for run in list(make_runs(arguments, splits, results)):
-        ratio = Candidate(run.penalty, run.strength).ratio or arguments.wanted_ratio
-        model = train(run, splits, arguments.output / "networks", ratio)
+        model = train(run, splits, arguments.output / "networks", arguments.wanted_ratio)
         lines = measure(model, run, measuring, results, again=arguments.again)
         tried += lines
         print(f"{run.name}: {_told(lines)}", flush=True)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 import torchsmooth
 from torchsmooth._atomic_file import whole_file
-from torchsmooth.adaptive import AdaptivePenalty
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # testbed is not installed
 
@@ -110,15 +109,16 @@ class Training:
     Args:
         run: what is trained.
         splits: the images, on the device to train on.
-        ratio: at which the expected loss is told.
+        ratio: at which the expected loss is told; for a tail it is the tail's own.
 
     Raises:
         ValueError: if there are fewer images than in one batch.
     """
 
     def __init__(self, run: Run, splits: Splits, ratio: float) -> None:
-        self.run, self.ratio = run, ratio
+        self.run = run
         self._recipe, candidate = Recipe.of(run.recipe), Candidate(run.penalty, run.strength)
+        self.ratio = candidate.ratio or ratio
         self._images, self._held_out = splits.train, splits.held_out
         device = self._images.pixels.device
         self._autocast_on = device.type if run.dtype == "bfloat16" else ""
@@ -165,8 +165,8 @@ class Training:
         with self._autocast():
             held_out = accuracy(self.model, normalise(self._held_out.pixels), self._held_out.labels)
         loss_mean = float(total) / self.steps_per_epoch
-        expected = expected_error(self.model, self.ratio)
-        return Epoch(self.epochs_done, loss_mean, held_out, self._penalty_value(), expected)
+        cut, whole = _cut_energy(self.model, self.ratio)
+        return Epoch(self.epochs_done, loss_mean, held_out, self._penalty_value(cut), math.sqrt(cut / whole))
 
     def save(self, path: Path) -> None:
         """Keep everything in a file, which is replaced in one step."""
@@ -204,12 +204,11 @@ class Training:
         return torch.autocast(self._autocast_on, dtype=torch.bfloat16) if self._autocast_on else nullcontext()
 
     @torch.no_grad()
-    def _penalty_value(self) -> float:
+    def _penalty_value(self, cut: float) -> float:
         if self._penalty is None:
             return 0.0
-        if isinstance(self._penalty, AdaptivePenalty):  # of these, only tails are among the candidates
-            ratio = Candidate(self.run.penalty, self.run.strength).ratio or self.ratio
-            return self._penalty.strength / 2 * _cut_energy(self.model, ratio)[0]
+        if isinstance(self._penalty, torchsmooth.RankTail):
+            return self._penalty.strength / 2 * cut
         return float(torchsmooth.penalty_loss(self.model))
 
 
@@ -220,7 +219,7 @@ def train(run: Run, splits: Splits, folder: Path, ratio: float, watcher: Watcher
         run: what to train.
         splits: the images, on the device to train on.
         folder: where the trained network is kept, and its checkpoint after each epoch until then.
-        ratio: at which the expected loss is told.
+        ratio: at which the expected loss is told; for a tail it is the tail's own.
         watcher: what is told how it goes; None shows a progress bar.
 
     Returns:
@@ -233,7 +232,7 @@ def train(run: Run, splits: Splits, folder: Path, ratio: float, watcher: Watcher
     training = Training(run, splits, ratio)
     if checkpoint.exists():
         training.load(checkpoint)
-    bar = None if watcher else Bar(run, training.steps, ratio)
+    bar = None if watcher else Bar(run, training.steps, training.ratio)
     told = watcher or bar
     try:
         told.step(training.epochs_done * training.steps_per_epoch)
