@@ -279,7 +279,9 @@ def _cut_energy(model: nn.Module, ratio: float) -> tuple[float, float]:
         return math.nan, 1.0
     modules, cut, whole = dict(model.named_modules()), 0.0, 0.0
     for layer in plan:
-        weight: torch.Tensor = modules[layer.name].weight
+        weight: object = getattr(modules[layer.name], "weight", None)
+        if not isinstance(weight, torch.Tensor):  # positions, say, which are a parameter of the network itself
+            continue
         energy = float(weight.float().square().sum())
         whole += energy
         cut += 0.0 if layer.choice is None else layer.relative_error**2 * energy

@@ -13,8 +13,10 @@ from torch import nn
 
 import torchsmooth
 from testbed.cifar_networks import ARCHITECTURES
+from testbed.vision_transformer import VisionTransformer
 from tests.cifar10_benchmark import benchmark, random_splits, small_run
 from tests.networks import small_resnet
+from tests.strategies import fill_
 
 candidates = benchmark("cifar10_candidates")
 recipes = benchmark("cifar10_recipes")
@@ -126,9 +128,11 @@ def test_fewer_images_than_a_batch_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------- what an epoch tells
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.9])
-def test_the_expected_error_is_that_of_the_compressed_weights(ratio):
-    model = small_resnet()
+@pytest.mark.parametrize(
+    ("make", "ratio"), [(small_resnet, 0.5), (small_resnet, 0.9), (lambda: fill_(VisionTransformer(12), 0), 0.5)]
+)
+def test_the_expected_error_is_that_of_the_compressed_weights(make, ratio):
+    model = make()
     small = copy.deepcopy(model)
     torchsmooth.svd_compress_(small, ratio, progress=False)
     torchsmooth.restore_dense_(small)
