@@ -63,7 +63,7 @@ def _draw_method(axes: Axes, group: Group, method: str) -> None:
         _draw_line(axes, group, candidate, method, label=candidate.title, **style)
     axes.set(title=method, ylim=(0, 100))
     axes.title.set_fontsize("medium")
-    axes.grid(alpha=0.3)
+    _finish(axes, group)
 
 
 def draw_overview(group: Group, _networks: Iterable[Path], path: Path) -> bool:
@@ -82,7 +82,7 @@ def draw_overview(group: Group, _networks: Iterable[Path], path: Path) -> bool:
                 style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": line}
                 _draw_line(axes, group, candidate, method, label=f"{candidate.title}: {method}", **style)
     axes.set(xlabel="parameters removed (%)", ylabel="test accuracy (%)", ylim=(max(dense) - _DEPTH, max(dense) + 1))
-    axes.grid(alpha=0.3)
+    _finish(axes, group)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=120)
     return True
@@ -90,12 +90,17 @@ def draw_overview(group: Group, _networks: Iterable[Path], path: Path) -> bool:
 
 def _draw_line(axes: Axes, group: Group, candidate: Candidate, method: str, *, color: str, **style: str) -> None:
     """Draw the means over the seeds, beginning with the dense network, over a shade from the lowest to the highest."""
-    points = {0.0: group.values(candidate, DENSE, 0.0)}
-    points |= {100 * ratio: group.values(candidate, method, ratio) for ratio in group.ratios}
-    reached = {percent: values.values() for percent, values in points.items() if values}
+    points = [group.values(candidate, DENSE, 0.0), *(group.values(candidate, method, ratio) for ratio in group.ratios)]
+    reached = {place: values.values() for place, values in enumerate(points) if values}
     means, lowest, highest = ([of(values) for values in reached.values()] for of in (mean, min, max))
     axes.plot(list(reached), means, color=color, marker=".", linewidth=1.2, **style)
     axes.fill_between(list(reached), lowest, highest, color=color, alpha=0.15, linewidth=0)
+
+
+def _finish(axes: Axes, group: Group) -> None:
+    """Put the ratios at equal distances: those of interest are close to each other."""
+    axes.set_xticks(range(1 + len(group.ratios)), ["dense", *(f"{100 * ratio:g}" for ratio in group.ratios)])
+    axes.grid(alpha=0.3)
 
 
 def draw_spectra(group: Group, networks: Iterable[Path], path: Path) -> bool:
