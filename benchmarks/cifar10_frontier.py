@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from cifar10_training import BORDER
 from frontier_methods import METHODS as FRONTIER_METHODS
 from frontier_methods import Method
 from torch import nn
@@ -73,8 +74,6 @@ class Measuring(NamedTuple):
 def calibration_batches(images: Images) -> list[torch.Tensor]:
     """Take the first training images, cropped and mirrored as they are in training, always in the same way.
 
-    With the images as they are, BatchNorm would get other statistics than it was trained with.
-
     Args:
         images: what networks are trained on, on any device.
 
@@ -82,7 +81,7 @@ def calibration_batches(images: Images) -> list[torch.Tensor]:
         Scaled images in batches, on that device.
     """
     chosen = images.pixels[:CALIBRATION_IMAGES].cpu()
-    pixels = augmented(chosen, torch.Generator().manual_seed(1)).to(images.pixels.device)
+    pixels = augmented(chosen, torch.Generator().manual_seed(1), BORDER).to(images.pixels.device)
     return list(normalise(pixels).split(_BATCH_SIZE))
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from cifar10_recipes import Run
 
     from testbed.cifar_splits import Splits
+
+# With zeros, BatchNorm would learn other statistics than those of whole images, and calibration would have to follow.
+BORDER: Literal["reflection"] = "reflection"
 
 _UNREACHABLE = "cannot be reached"  # in the message of every ValueError that says so
 
@@ -151,7 +154,7 @@ class Training:
         self.model.train()
         order = torch.randperm(len(labels), generator=self._generator, device=images.device)
         for number, indices in enumerate(order[: self.steps_per_epoch * size].split(size), start=1):
-            batch = normalise(augmented(images[indices], self._generator))
+            batch = normalise(augmented(images[indices], self._generator, BORDER))
             with self._autocast():
                 logits = self.model(batch)
             loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=self._recipe.label_smoothing)

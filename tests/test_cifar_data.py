@@ -155,11 +155,11 @@ def test_parts_can_be_cut_and_moved():
 # ------------------------------------------------------------------------------------------------------- augmentation
 
 
-def crops(image, padding=4):
+def crops(image, border="zeros", padding=4):
     """All that can become of an image, by loops: each crop of the padded one, and its mirror image."""
     _, height, width = image.shape
-    padded = torch.zeros(len(image), height + 2 * padding, width + 2 * padding, dtype=image.dtype)
-    padded[:, padding : padding + height, padding : padding + width] = image
+    widths = ((0, 0), (padding, padding), (padding, padding))
+    padded = torch.from_numpy(np.pad(image.numpy(), widths, mode="constant" if border == "zeros" else "reflect"))
     found = []
     for top in range(2 * padding + 1):
         for left in range(2 * padding + 1):
@@ -168,24 +168,26 @@ def crops(image, padding=4):
     return found
 
 
+@pytest.mark.parametrize("border", ["zeros", "reflection"])
 @given(seeds, st.integers(1, 6), st.sampled_from([(32, 32), (5, 7)]))
-def test_an_augmented_image_is_a_crop_or_its_mirror_image(seed, count, size):
+def test_an_augmented_image_is_a_crop_or_its_mirror_image(border, seed, count, size):
     images = torch.randint(1, 256, (count, 3, *size), generator=generator(seed), dtype=torch.uint8)
     before, state = images.clone(), torch.get_rng_state()
-    result = augmented(images, generator(seed))
+    result = augmented(images, generator(seed), border)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(images, before)
     assert (result.shape, result.dtype) == (images.shape, images.dtype)
     assert result.is_contiguous(memory_format=torch.channels_last)
     for image, new in zip(images, result, strict=True):
-        assert any(torch.equal(new, crop) for crop in crops(image))
-    assert torch.equal(result, augmented(images, generator(seed)))
+        assert any(torch.equal(new, crop) for crop in crops(image, border))
+    assert torch.equal(result, augmented(images, generator(seed), border))
 
 
-def test_every_crop_and_both_mirror_images_occur():
+@pytest.mark.parametrize("border", ["zeros", "reflection"])
+def test_every_crop_and_both_mirror_images_occur(border):
     image = torch.arange(1, 1 + 10 * 10).reshape(1, 1, 10, 10)
-    results = augmented(image.expand(4000, 1, 10, 10), generator(0))
-    seen = [int((results == crop).flatten(1).all(1).sum()) for crop in crops(image[0])]
+    results = augmented(image.expand(4000, 1, 10, 10), generator(0), border)
+    seen = [int((results == crop).flatten(1).all(1).sum()) for crop in crops(image[0], border)]
     assert sum(seen) == 4000
     assert min(seen) > 0
     assert 1800 < sum(seen[::2]) < 2200
