@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +13,10 @@ from pruning_baselines import count_left, remove_channels_, zero_filters_, zero_
 from torch import nn
 
 import torchsmooth
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # testbed is not installed
+
+from testbed.vision_transformer import Attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +83,9 @@ def pruning(label: str, prune_: Callable[[nn.Module, float], int], recalibrated:
 
 def _remove_channels_(model: nn.Module, ratio: float) -> int:
     example = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)
-    return remove_channels_(model, ratio, example)
+    attention = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    whole = [f"{name}.{layer}" for name in attention for layer in ("query", "key", "value")]
+    return remove_channels_(model, ratio, example, whole)
 
 
 def _reachable(model: nn.Module, ratios: Sequence[float], options: dict[str, Any]) -> list[float]:

@@ -16,13 +16,18 @@ from __future__ import annotations
 import bisect
 import copy
 import math
+import warnings
+from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn.utils import prune
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 _STEPS = 1000  # shares of filters are tried in steps of 0.1 %
 
@@ -90,7 +95,7 @@ def zero_filters_(model: nn.Module, ratio: float) -> int:
     return count_left(model)
 
 
-def remove_channels_(model: nn.Module, ratio: float, example: Tensor) -> int:
+def remove_channels_(model: nn.Module, ratio: float, example: Tensor, whole: Sequence[str] = ()) -> int:
     """Cut the channels of least group norm out of the network, with Torch-Pruning.
 
     Fang et al., "DepGraph: Towards Any Structural Pruning", 2023 (arXiv 2301.12900): channels that depend on each other
@@ -106,6 +111,8 @@ def remove_channels_(model: nn.Module, ratio: float, example: Tensor) -> int:
         ratio: fraction of all parameters of the model to remove, strictly between 0 and 1. As few channels go as that
             takes.
         example: an input to trace the network with.
+        whole: names of more layers whose outputs stay: those that are divided among heads, which Torch-Pruning would
+            cut as if they were not.
 
     Returns:
         The number of parameters that are left.
@@ -114,7 +121,7 @@ def remove_channels_(model: nn.Module, ratio: float, example: Tensor) -> int:
         ValueError: if the ratio cannot be reached with a channel left in every group.
     """
     most = _count(model) - _parameters_to_remove(model, ratio)
-    kept = _layers_to_keep(model, example)
+    kept = sorted({*_layers_to_keep(model, example), *whole})
     sizes = _group_sizes(_pruner(copy.deepcopy(model), example, kept))
 
     def left(number: int) -> int:
@@ -154,9 +161,18 @@ class _GroupNorm(torch_pruning.importance.GroupMagnitudeImportance):
         return importance
 
 
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Let Torch-Pruning trace a network by autograd."""
+    with torch.enable_grad(), warnings.catch_warnings():
+        # Parameters outside of any layer, such as those of positions, have their channels last, as it supposes.
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected", category=UserWarning)
+        yield
+
+
 def _pruner(model: nn.Module, example: Tensor, kept: list[str], share: float = 0.0) -> Any:
     """Trace a model and prepare to cut out a share of its channels, but no outputs of the layers to keep."""
-    with torch.enable_grad():
+    with _tracing():
         return torch_pruning.pruner.BasePruner(
             model,
             _traceable(example),
@@ -189,7 +205,7 @@ def _group_sizes(pruner: Any) -> list[int]:
 def _layers_to_keep(model: nn.Module, example: Tensor) -> list[str]:
     """Name the layers whose outputs are the network's, or are padded with other channels somewhere."""
     model = copy.deepcopy(model)
-    with torch.enable_grad():
+    with _tracing():
         graph = torch_pruning.DependencyGraph().build_dependency(model, _traceable(example))
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     kept: set[str] = set()

@@ -29,6 +29,7 @@ import torchsmooth
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # testbed is not installed
 
+from testbed.augmentation import augmented
 from testbed.cifar import ResNet18, accuracy, load_images, normalise
 
 if TYPE_CHECKING:
@@ -65,16 +66,6 @@ def penalty_of(spec: str) -> torchsmooth.penalties.Penalty | None:
     if name not in kinds:
         raise ValueError(f"a candidate is 'plain' or one of {sorted(kinds)} with its numbers, got {spec!r}.")
     return kinds[name](*values)
-
-
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crop each of ``(batch, 3, 32, 32)`` at random after padding it by four, and mirror every second one or so."""
-    padded = F.pad(images, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, len(images), 1, 1), generator=generator)
-    rows, columns = top + torch.arange(32)[:, None], left + torch.arange(32)
-    flipped = torch.rand(len(images), 1, 1, generator=generator) < 0.5
-    columns = torch.where(flipped, columns.flip(-1), columns)
-    return padded[torch.arange(len(images))[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
 def train(spec: str, images: Tensor, labels: Tensor, arguments: argparse.Namespace) -> nn.Module:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from testbed.cifar import BasicBlock, shared_data
 
-_WIDTHS = (16, 32, 64)
-
 
 class ZeroPaddedShortcut(nn.Module):
     """A shortcut without parameters ("option A"): every second pixel, and zeros for the channels that are missing."""
@@ -30,20 +28,23 @@ class ZeroPaddedShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32×32 images and ten classes, of ``depth`` = 6n + 2 layers: three stages of n basic blocks."""
+    """ResNet for 32×32 images and ten classes, of ``depth`` = 6n + 2 layers: three stages of n basic blocks.
 
-    def __init__(self, depth: int) -> None:
+    The stages have ``width``, twice and four times as many channels.
+    """
+
+    def __init__(self, depth: int, width: int = 16) -> None:
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"the depth of a CIFAR ResNet must be 6n + 2, as in 20, 32, 44 and 56; got {depth}.")
         super().__init__()
         self.depth = depth
         count = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
-        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], count, stride=1)
-        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], count, stride=2)
-        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], count, stride=2)
-        self.linear = nn.Linear(_WIDTHS[2], 10)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, count, stride=1)
+        self.layer2 = _stage(width, 2 * width, count, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, count, stride=2)
+        self.linear = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(batch, 3, 32, 32)`` to logits ``(batch, 10)``."""

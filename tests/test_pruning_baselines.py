@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from testbed.cifar_resnet import CifarResNet
+from testbed.vision_transformer import VisionTransformer
 from tests.networks import small_resnet
 from tests.strategies import fill_, randn
 
@@ -115,6 +116,29 @@ def test_padded_channels_stay():
     assert [block.conv1.out_channels for (block,) in stages] == [8, 16, 32]
     assert [block.conv2.out_channels for (block,) in stages] == [16, 32, 64]
     torch.testing.assert_close(model(images), expected)
+
+
+def test_outputs_that_are_divided_among_heads_stay():
+    """The channels of the stream between the blocks go, and so do those of the positions, which no layer owns."""
+    model = fill_(VisionTransformer(12), 0).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.up.weight[::2] = block.up.bias[::2] = 0
+            block.down.weight[:, ::2] = 0
+    images = randn(4, 3, 32, 32, seed=5, dtype=torch.float32)
+    expected = model(images)
+    whole = [f"blocks.{number}.attention.{layer}" for number in range(6) for layer in ("query", "key", "value")]
+    baselines.remove_channels_(model, 0.25, IMAGE, whole)
+    assert [block.up.out_features for block in model.blocks] == [24] * 6
+    torch.testing.assert_close(model(images), expected)
+    baselines.remove_channels_(model, 0.5, IMAGE, whole)
+    width = model.patches.out_channels
+    assert width < 12
+    assert model.positions.shape == (1, 64, width)
+    for block in model.blocks:
+        layers = (block.attention.query, block.attention.key, block.attention.value)
+        assert [(layer.in_features, layer.out_features) for layer in layers] == [(width, 12)] * 3
+    assert model(images).shape == (4, 10)
 
 
 def test_outputs_stay_where_no_linear_layer_makes_them():
