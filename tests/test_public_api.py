@@ -398,20 +398,6 @@ def test_penalties_are_frozen_and_hold_no_tensor():
     assert isinstance(penalty, penalties.Penalty)
 
 
-def test_the_readme_and_the_page_on_training_run(tmp_path):
-    pages = ("README.md", "docs/training.md")
-    for page in pages:
-        script = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
-        compile(script, page, "exec")
-        (tmp_path / f"{Path(page).stem}.py").write_text(script)
-    # One process, as most of the time goes into importing torch; each page on its own all the same.
-    run = "import runpy\nfor page in ('README', 'training'): runpy.run_path(page + '.py')"
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-W", "error", "-c", run], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_built_wheel_imports_and_compresses(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)  # noqa: S603

@@ -1,7 +1,7 @@
 """Build the documentation site: lay its pages out in one folder, then have Zensical render them.
 
-The pages in `docs/` link to tables, examples and the changelog beside that folder, as a reader of the repository
-needs it. A site has one root, so everything is copied to `build/pages` and those links lose their `../`. Nothing else is
+The pages in `docs/` link to tables, examples and the changelog beside that folder, as a reader of the repository needs
+it. A site has one root, so everything is copied to `build/pages`, and those links lose their `../`. Nothing else is
 changed, and nothing is fetched. Run it with `make docs`; a warning is an error.
 """
 

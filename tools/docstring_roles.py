@@ -1,7 +1,7 @@
 """What docstrings say in Sphinx's roles and in doctests, said in the site's Markdown.
 
-A griffe extension, named in `zensical.toml`. Formulas become MathML, which browsers draw without any script; names of the
-library become links; doctests become blocks of code, also where there is prose between them.
+A griffe extension, named in `zensical.toml`. Formulas become MathML, which browsers draw without any script; names of
+the library become links; doctests become blocks of code, also where there is prose between them.
 """
 
 from __future__ import annotations
