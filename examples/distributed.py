@@ -1,8 +1,8 @@
 """Smooth training with DistributedDataParallel, and compression that the processes share.
 
-Run `torchrun --nproc_per_node 2 examples/distributed.py`: some seconds on a CPU, nothing is downloaded. Every process gets its
-own part of scikit-learn's digits. Penalties need nothing to be sent, as every process has the same weights; compressing
-divides the layers among the processes, and all end up with the same model.
+Run `torchrun --nproc_per_node 2 examples/distributed.py`: some seconds on a CPU, nothing is downloaded. Every process
+gets its own part of scikit-learn's digits. Penalties need nothing to be sent, as every process has the same weights;
+compressing divides the layers among the processes, and all end up with the same model.
 """
 
 from __future__ import annotations

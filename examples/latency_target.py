@@ -1,10 +1,10 @@
 """Compress for parameters, for multiply-accumulates and for time, and compare what each gives up.
 
-The network has layers that are large and rarely used beside one that is small and used at every pixel: the three targets
+The network has a large layer that is used once beside a small one that is used at every pixel: the three targets
 disagree about which of them should pay. Weights are random; nothing is downloaded.
 
-Run `python examples/latency_target.py --help`: some seconds on a CPU. Times depend on the machine; where no low-rank layer is
-faster than the dense one, the last target cannot be reached, and the example says so.
+Run `python examples/latency_target.py --help`: some seconds on a CPU. Times depend on the machine; where no low-rank
+layer is faster than the dense one, the last target cannot be reached, and the example says so.
 """
 
 from __future__ import annotations

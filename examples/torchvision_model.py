@@ -1,8 +1,8 @@
 """Compress a torchvision model after its training, with and without data, and load it again.
 
 By default the model has random weights and the calibration images are noise, so that nothing is downloaded: what can be
-seen then is sizes, layers and errors, and no accuracy. `--pretrained` takes torchvision's weights, which are downloaded; with
-them, use images of your own in place of the noise.
+seen then is sizes, layers and errors, and no accuracy. `--pretrained` downloads torchvision's weights; with them, use
+images of your own in place of the noise.
 
 Run `python examples/torchvision_model.py --help`: half a minute on a CPU.
 """

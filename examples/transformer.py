@@ -1,7 +1,7 @@
 """Train a small transformer smooth, and compress its attention and its linear layers, with no fine-tuning.
 
-It reads scikit-learn's digits as eight words, the rows of an image. It is trained twice, plainly and with the nuclear norm,
-and each network is compressed without data and with its training images as calibration.
+It reads scikit-learn's digits as eight words, the rows of an image. It is trained twice, plainly and with the nuclear
+norm, and each network is compressed without data and with its training images as calibration.
 
 Run `python examples/transformer.py --help`: under a minute on a CPU, nothing is downloaded.
 """
@@ -22,7 +22,6 @@ from digit_network import Images, accuracy, load_images
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RATIOS = (0.5, 0.7, 0.8)
 WIDTH = 64
 
 
@@ -67,6 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=30, help="passes over the training images")
     parser.add_argument("--strength", type=float, default=3e-2, help="of the nuclear norm")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.7, 0.8], help="fractions to remove")
     return parser.parse_args(arguments)
 
 
@@ -80,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
         model = train(parts["train"], options.epochs, penalty)
         for how, data in (("no data", None), ("calibrated", batches)):
             row = table[f"{network}, {how}"] = [accuracy(model, parts["test"])]
-            for ratio in RATIOS:
+            for ratio in options.ratios:
                 small = copy.deepcopy(model)
                 report = torchsmooth.svd_compress_(small, ratio, calibration=data)
                 row.append(accuracy(small, parts["test"]))
     print(report)  # of the last: the projections of the attention have lines of their own
-    print("\n| network | dense |" + "".join(f" −{ratio:.0%} |" for ratio in RATIOS))
-    print("| :-- | --: |" + " --: |" * len(RATIOS))
+    print("\n| network | dense |" + "".join(f" −{ratio:.0%} |" for ratio in options.ratios))
+    print("| :-- | --: |" + " --: |" * len(options.ratios))
     for name, row in table.items():
         print(f"| {name} |" + "".join(f" {value:.1f} |" for value in row))
     return table

@@ -22,10 +22,10 @@ from torch import Tensor
 
 import torchsmooth
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "examples"))
-from digit_network import STRENGTHS, DigitNetwork, load_images, train  # the examples are no package
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # they are no package
+from digit_network import STRENGTHS, DigitNetwork, load_images, train
 
+ROOT = Path(__file__).resolve().parents[1]
 LAYER = "blocks.5.conv2"
 RATIO = 0.8
 
