@@ -41,10 +41,10 @@ pictures: $(VENV)/.ready
 build: $(VENV)/.ready
 	$(BIN)/python -m build
 
-# Builds both archives, looks into them, and tests the wheel in an environment of its own: `make release-check SLOW=1`
-# runs the slow tests as well.
+# Builds both archives, looks into them, and tests the wheel in an environment of its own; OPTIONS, such as
+# OPTIONS='--only tests/test_compress.py', go to the script.
 release-check: $(VENV)/.ready
-	$(BIN)/python tools/release_check.py $(if $(SLOW),--slow)
+	$(BIN)/python tools/release_check.py $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
