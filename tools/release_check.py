@@ -1,7 +1,8 @@
 """Build wheel and sdist, look into them, and test the wheel where nothing else is: `make release-check`.
 
 1. Both archives are built into `dist/`.
-2. Every file in them must be one that belongs there, and tracked by git where there is a repository; nothing may be missing.
+2. Every file in them must be one that belongs there, and one that git knows where there is a repository; nothing may be
+   missing.
 3. The wheel is installed in an empty virtual environment, with the versions of `constraints.txt`: torch and what torch
    needs, nothing more. The library has to work there.
 4. What the tests need is installed beside it, and the fast tests of the unpacked sdist run against the installed wheel.
@@ -77,7 +78,7 @@ def problems_of(wheel: dict[str, int], sdist: dict[str, int], known: set[str] | 
         return found
     found += [f"the sdist holds {name}, which git does not know" for name in sorted(sdist.keys() - known - MADE)]
     sources = {name for name in known if name.startswith("src/torchsmooth/")}
-    found += [f"the sdist lacks {name}" for name in sorted(known - sdist.keys()) if name not in {".gitattributes"}]
+    found += [f"the sdist lacks {name}" for name in sorted(known - sdist.keys())]
     found += [f"the wheel lacks {name}" for name in sorted(sources) if name.removeprefix("src/") not in wheel]
     return found
 
