@@ -107,7 +107,9 @@ def test_in_empty_environment(wheel: Path, sdist: Path, options: argparse.Namesp
         run([sys.executable, "-m", "venv", str(place / "venv")])
         python = str(place / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python")
         run([python, "-m", "pip", "install", "--quiet", str(wheel)])
-        run([python, "-I", "-W", "error", "-c", WORKS], cwd=place)
+        # torch says of itself that it found no numpy.
+        numpy = "ignore:Failed to initialize NumPy:UserWarning"
+        run([python, "-I", "-W", "error", "-W", numpy, "-c", WORKS], cwd=place)
         run([python, "-m", "pip", "install", "--quiet", f"{wheel}[dev]"])
         with tarfile.open(sdist) as archive:
             archive.extractall(place, filter="data")
@@ -135,7 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problems:
         return 1
     if not options.no_tests:
-        test_in_empty_environment(wheel, sdist, options)
+        try:
+            test_in_empty_environment(wheel, sdist, options)
+        except subprocess.CalledProcessError as error:
+            print(f"not to be released: this failed: {' '.join(error.cmd)}", file=sys.stderr)
+            return 1
     print(f"{wheel.name} and {sdist.name} can be released: they are in dist/")
     return 0
 
