@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Train, compress, print a table; return the accuracies of its rows, dense first."""
     options = parse_arguments(arguments)
     parts = load_images()
-    batches = list(parts["train"].pixels.split(64))
+    batches = list(parts["train"].pixels.split(448))
     table: dict[str, list[float]] = {}
     for network, penalty in (("plain", None), ("smooth", torchsmooth.NuclearNorm(options.strength))):
         model = train(parts["train"], options.epochs, penalty)

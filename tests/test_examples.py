@@ -84,6 +84,21 @@ def test_digits(example, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_pictures_of_the_documentation(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["draw_pictures.py", "--output", str(tmp_path), "--epochs", "1"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    importlib.import_module("draw_pictures").main()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "budget.png",
+        "frequencies.png",
+        "storage.png",
+        "truncation.png",
+    }
+
+
+@pytest.mark.slow
 def test_distributed_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(  # noqa: S603

@@ -138,6 +138,15 @@ def test_the_navigation_has_every_page_and_the_page_of_measurements_every_table(
     assert results <= linked
 
 
+def test_every_picture_is_drawn_by_a_script():
+    scripts = [path for folder in ("tools", "examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    drawn = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    shown = {path.name for path in (ROOT / "docs" / "images").glob("*.png")}
+    assert all(f'"{name}"' in drawn for name in shown)
+    linked = {path for text in TEXTS.values() for path, _ in links_of(text)}
+    assert shown <= {path.rsplit("/", 1)[-1] for path in linked}
+
+
 def test_the_helpers_see_what_is_wrong():
     code = "```python\n# Not run in the tests: it needs a GPU.\nx = 1\n```"
     text = f"# A title\n\n{code}\n\n## B: c-d `e`\n\n[x](y.md#z) `[n](o)`"

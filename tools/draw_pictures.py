@@ -32,7 +32,7 @@ RATIO = 0.8
 
 def draw_storage(path: Path, rows: int = 256, columns: int = 256) -> None:
     """Numbers stored over the rank."""
-    ranks = torch.arange(rows + 1)
+    ranks = torch.arange(rows + 1).numpy()
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(ranks, ranks * (rows + columns), label="factored: r(m + n)")
@@ -47,11 +47,11 @@ def draw_storage(path: Path, rows: int = 256, columns: int = 256) -> None:
 def draw_frequencies(path: Path) -> None:
     """Decay over the frequency."""
     frequency = torch.linspace(0, torch.pi, 200)
-    eigenvalue = 2 - 2 * frequency.cos()
+    eigenvalue = (2 - 2 * frequency.cos()).numpy()
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(frequency, eigenvalue, label="first derivative: 2 − 2 cos ω")
-    axes.plot(frequency, eigenvalue**2, label="second derivative: (2 − 2 cos ω)²")
+    axes.plot(frequency.numpy(), eigenvalue, label="first derivative: 2 − 2 cos ω")
+    axes.plot(frequency.numpy(), eigenvalue**2, label="second derivative: (2 − 2 cos ω)²")
     axes.axhline(1, color="grey", linestyle=":", label="weight decay: 1")
     axes.set(xlabel="frequency ω along the channels", ylabel="‖D W‖² / ‖W‖²", title="What each penalty pulls at")
     axes.set_xticks([0, torch.pi / 2, torch.pi], ["0", "π/2", "π"])
@@ -80,7 +80,7 @@ def draw_truncation(path: Path, networks: dict[str, DigitNetwork]) -> None:
         }
         size = 2.5 * before.square().mean().sqrt().item()
         for axes, (title, values) in zip(row, shown.items(), strict=True):
-            axes.imshow(values, cmap="RdBu", vmin=-size, vmax=size, interpolation="nearest")
+            axes.imshow(values.numpy(), cmap="RdBu", vmin=-size, vmax=size, interpolation="nearest")
             axes.set_title(title, fontsize=9)
             axes.set(xticks=[], yticks=[])
     figure.suptitle(f"{LAYER}, the centre of its 3×3 kernels: output channels down, input channels across", fontsize=10)
