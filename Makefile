@@ -47,4 +47,4 @@ release-check: $(VENV)/.ready
 	$(BIN)/python tools/release_check.py $(OPTIONS)
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
