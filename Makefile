@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUTPUT ?= demo
 
-.PHONY: demo test test-slow lint format build clean
+.PHONY: demo test test-slow lint format docs pictures build release-check clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,8 +30,21 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site comes to build/site; a warning, such as a link to nowhere, is an error.
+docs: $(VENV)/.ready
+	$(BIN)/python tools/build_site.py
+
+# Draws the pictures of the documentation anew; they are committed.
+pictures: $(VENV)/.ready
+	$(BIN)/python tools/draw_pictures.py
+
 build: $(VENV)/.ready
 	$(BIN)/python -m build
 
+# Builds both archives, looks into them, and tests the wheel in an environment of its own; OPTIONS, such as
+# OPTIONS='--only tests/test_compress.py', go to the script.
+release-check: $(VENV)/.ready
+	$(BIN)/python tools/release_check.py $(OPTIONS)
+
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -358,14 +356,6 @@ def test_a_trained_network_from_the_wild(tmp_path, shared_data_folder):
     assert same({key.removeprefix("module."): value for key, value in small.items()}, expected)
     with pytest.raises(ValueError, match=r"its keys start with 'module\.', the prefix of a wrapper"):
         load_compressed_(load_cifar_resnet(20), tmp_path / "small.th")
-
-
-def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch):
-    page = Path(__file__).resolve().parents[1] / "docs" / "checkpoints.md"
-    monkeypatch.chdir(tmp_path)
-    script = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-    exec(compile(script, page.name, "exec"), {})  # noqa: S102 - it is ours
-    assert (tmp_path / "small.safetensors").exists()
 
 
 def test_weights_in_other_strides_are_compressed_like_those_in_the_ordinary_ones(tmp_path):

@@ -156,13 +156,6 @@ def test_drawing_leaves_pyplot_alone():
     assert dict(mpl.rcParams) == settings_before
 
 
-def test_the_page_about_watching_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "watching.md").read_text(), re.DOTALL)
-    assert blocks
-    exec(compile("\n".join(blocks), "watching.md", "exec"), {})  # noqa: S102
-
-
 def test_the_example_runs_and_says_what_it_misses(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

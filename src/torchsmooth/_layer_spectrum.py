@@ -146,7 +146,11 @@ class LayerSpectrum:
         return relative_tail_energies(self.singular_values)
 
     def to_dict(self, ratio: float) -> dict[str, Any]:
-        """Return all of it as plain lists and numbers, ready for JSON; the energy is that at a ratio."""
+        """Return all of it as plain lists and numbers, ready for JSON; the energy is that at a ratio.
+
+        Args:
+            ratio: fraction of the layer's parameters, strictly between 0 and 1.
+        """
         return {
             "name": self.name,
             "type": self.type,

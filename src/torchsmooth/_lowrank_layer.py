@@ -164,7 +164,14 @@ class TwoFactorLayer(LowRankLayer):
     matricisation: Matricisation
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """Apply ``down``, then ``up``; in the pivoted form, the pivots go past one of them."""
+        """Apply ``down``, then ``up``; in the pivoted form, the pivots go past one of them.
+
+        Args:
+            input: of the shape and dtype that the dense layer takes.
+
+        Returns:
+            What the dense layer with the weight ``self.weight`` returns, to rounding.
+        """
         output: Tensor
         derived = active(self)
         if derived is not None:

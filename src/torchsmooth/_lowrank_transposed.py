@@ -82,6 +82,9 @@ class LowRankTransposedConvolution(ConvolutionInTwo):
             input: as of the dense layer.
             output_size: the spatial sizes of the output, as of the dense layer; None for the smallest possible plus
                 ``output_padding``.
+
+        Returns:
+            What the dense layer with the weight ``self.weight`` returns, to rounding.
         """
         if output_size is None:  # also where a factor is now of another class, which may not know of sizes
             return super().forward(input)

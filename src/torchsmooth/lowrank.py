@@ -135,7 +135,14 @@ class LowRankLinear(TwoFactorLayer):
 
     @staticmethod
     def shape_of(linear: nn.Linear) -> tuple[int, ...]:
-        """Return the shape that the weight of a dense layer has by its attributes."""
+        """Return the shape that the weight of a dense layer has by its attributes.
+
+        Args:
+            linear: the dense layer.
+
+        Returns:
+            ``(out_features, in_features)``.
+        """
         return linear.out_features, linear.in_features
 
     def to_linear(self) -> nn.Linear:

@@ -97,7 +97,14 @@ class LowRankEmbedding(TwoFactorLayer):
             self.merge = ChannelMerge(1, rank, embedding_dim, dim=-1, bias=False, **options)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """Look rows of ``down`` up, and make vectors of them."""
+        """Look rows of ``down`` up, and make vectors of them.
+
+        Args:
+            input: indices of any shape, int64 or int32, from 0 to ``num_embeddings - 1``.
+
+        Returns:
+            The shape of ``input`` and an axis of ``embedding_dim`` more, in the dtype of the factors.
+        """
         pivots: Tensor = self.down(input)
         vectors: Tensor = self.up(pivots).to(pivots.dtype)  # under autocast an embedding keeps its own
         if "merge" in self._modules:
@@ -161,7 +168,14 @@ class LowRankEmbedding(TwoFactorLayer):
 
     @staticmethod
     def shape_of(embedding: nn.Embedding) -> tuple[int, ...]:
-        """Return the shape that the weight of a dense layer has by its attributes."""
+        """Return the shape that the weight of a dense layer has by its attributes.
+
+        Args:
+            embedding: the dense layer.
+
+        Returns:
+            ``(num_embeddings, embedding_dim)``.
+        """
         return embedding.num_embeddings, embedding.embedding_dim
 
     def to_embedding(self) -> nn.Embedding:

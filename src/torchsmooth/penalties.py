@@ -84,19 +84,41 @@ class Penalty(ABC):
         return value.detach(), gradient
 
     def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-        """Return the gradient alone. Override it where that is cheaper than :meth:`value_and_gradient`."""
+        """Return the gradient alone. Override it where that is cheaper than :meth:`value_and_gradient`.
+
+        Args:
+            weight: as for :meth:`__call__`; the gradient does not flow to it.
+            groups: number of groups.
+            transposed: whether the weight is that of a transposed convolution.
+
+        Returns:
+            A tensor of the shape of ``weight``, in its dtype or a wider one, without a graph.
+        """
         return self.value_and_gradient(weight, groups=groups, transposed=transposed)[1]
 
     def total(self, weights: Sequence[Weight]) -> Tensor:
         """Add up the penalty over at least one weight, differentiably.
 
         Override it, together with :meth:`gradients`, where many weights at once are cheaper than one after the other.
+
+        Args:
+            weights: each a tensor as for :meth:`__call__`, its number of groups, and whether it is transposed.
+
+        Returns:
+            A scalar, on the device of the first.
         """
         terms = [self(tensor, groups=groups, transposed=transposed) for tensor, groups, transposed in weights]
         return added(terms)
 
     def gradients(self, weights: Sequence[Weight]) -> Iterator[tuple[int, Tensor]]:
-        """Yield the gradient of each of some weights, with its index among them, in any order."""
+        """Yield the gradient of each of some weights, with its index among them, in any order.
+
+        Args:
+            weights: as for :meth:`total`.
+
+        Yields:
+            Pairs of an index and a tensor of the shape of that weight, without a graph.
+        """
         for index, (tensor, groups, transposed) in enumerate(weights):
             yield index, self.gradient(tensor, groups=groups, transposed=transposed)
 

@@ -154,7 +154,18 @@ class LowRankRNNCell(_LowRankCell):
         return dense
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: A002 - the name in torch
-        """Return the next state; the state before is zero where it is not given."""
+        """Return the next state.
+
+        Args:
+            input: ``(N, input_size)`` or ``(input_size,)``, in the dtype of the weights.
+            hx: the state before, ``(N, hidden_size)`` or ``(hidden_size,)``; None for zeros.
+
+        Returns:
+            The next state, of the shape of ``hx``.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
         hidden = self._state(input, hx, "hx")
         total: Tensor = self.ih(input) + self.hh(hidden)
         return total.tanh() if self.nonlinearity == "tanh" else total.relu()
@@ -232,7 +243,18 @@ class LowRankLSTMCell(_LowRankCell):
         return dense
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # noqa: A002
-        """Return the next hidden and cell states; those before are zero where they are not given."""
+        """Return the next hidden and cell states.
+
+        Args:
+            input: ``(N, input_size)`` or ``(input_size,)``, in the dtype of the weights.
+            hx: those before, each ``(N, hidden_size)`` or ``(hidden_size,)``; None for zeros.
+
+        Returns:
+            The next two, of the same shapes.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
         hidden, memory = (self._state(input, None if hx is None else hx[i], f"hx[{i}]") for i in range(2))
         into, forget, new, out = (self.ih(input) + self.hh(hidden)).chunk(4, -1)
         memory = forget.sigmoid() * memory + into.sigmoid() * new.tanh()
@@ -310,7 +332,18 @@ class LowRankGRUCell(_LowRankCell):
         return dense
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: A002 - the name in torch
-        """Return the next state; the state before is zero where it is not given."""
+        """Return the next state.
+
+        Args:
+            input: ``(N, input_size)`` or ``(input_size,)``, in the dtype of the weights.
+            hx: the state before, ``(N, hidden_size)`` or ``(hidden_size,)``; None for zeros.
+
+        Returns:
+            The next state, of the shape of ``hx``.
+
+        Raises:
+            ValueError: if a shape does not fit.
+        """
         hidden = self._state(input, hx, "hx")
         from_input, from_hidden = self.ih(input), self.hh(hidden)
         (reset, update, new), (reset_h, update_h, new_h) = from_input.chunk(3, -1), from_hidden.chunk(3, -1)

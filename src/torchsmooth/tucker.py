@@ -131,7 +131,14 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             self.merge = ChannelMerge(groups, r_out, layout.out_channels, dim=-3, bias=bias, **options)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch's layers use
-        """Apply ``down``, ``core`` and ``up``; in the pivoted form, the pivots go past the first and the last."""
+        """Apply ``down``, ``core`` and ``up``; in the pivoted form, the pivots go past the first and the last.
+
+        Args:
+            input: ``(N, in, H, W)`` or ``(in, H, W)``, in the dtype of the factors.
+
+        Returns:
+            ``(N, out, H', W')`` or ``(out, H', W')``, of the size that ``nn.Conv2d`` makes.
+        """
         output: Tensor
         derived = active(self)
         if derived is not None:
