@@ -277,6 +277,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_lowrank_conv",
         "_quantised",
         "_lowrank_layer",
+        "_source_layer",
         "_computed",
         "_expansion",
         "_undo",

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ._checks import check_initialised, describe, kind_of_tensor, with_article
 from ._computed import computing, plain_copy, random_state_kept, type_of
 from ._layers import KINDS, Origin
-from ._lowrank_layer import STATE_HOOKS, LowRankLayer, memory_format_of
+from ._lowrank_layer import LowRankLayer, memory_format_of
 from ._running import note
 from ._sharing import Sharing
+from ._source_layer import STATE_HOOKS
 from ._swap import SOURCE, swap_, take_over_, take_over_hooks_
 from ._table import format_rank
 from ._undo import Undo

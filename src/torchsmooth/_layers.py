@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ._checks import check_initialised, with_article
 from ._computed import is_parametrized
-from ._lowrank_layer import LowRankLayer, way_to_factor, why_not_plain
+from ._lowrank_layer import LowRankLayer
 from ._matricise import LAYER_SCHEMES, SCHEMES, Form, LayerScheme, distinct_schemes, matricise
 from ._sharing import Sharing
+from ._source_layer import way_to_factor, why_not_plain
 from ._table import format_rank
 from ._tucker_layout import Layout, TuckerLayout
 from ._whole import check_whole

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ._checks import describe, kind_of_tensor, quoted
-from ._lowrank_layer import STATE_HOOKS, LowRankLayer
+from ._lowrank_layer import LowRankLayer
+from ._source_layer import STATE_HOOKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._checks import check_choice, check_values
 from ._geometry import CONVOLUTIONS, TRANSPOSED, HasGeometry, geometry_of, spelled_out
-from ._lowrank_layer import TwoFactorLayer, check_rank, check_source, inherit, merged, uninitialised
+from ._lowrank_layer import TwoFactorLayer, inherit, merged, uninitialised
 from ._matricise import SCHEMES, distinct_schemes, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, PivotedConv2d
+from ._source_layer import check_rank, check_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ._lowrank_layer import CALLED, LowRankLayer
+from ._lowrank_layer import LowRankLayer
+from ._source_layer import CALLED
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv2d
 from .lowrank_embedding import LowRankEmbedding

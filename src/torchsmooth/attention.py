@@ -25,7 +25,7 @@ from ._linear_parts import (
     rows_of,
     why_not_expandable,
 )
-from ._lowrank_layer import why_not_plain
+from ._source_layer import why_not_plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ._checks import check_function, describe
-from ._lowrank_layer import PLAIN_LAYERS
+from ._source_layer import PLAIN_LAYERS
 from .attention import LowRankMultiheadAttention
 from .recurrent import LowRankGRU, LowRankLSTM, LowRankRNN
 from .recurrent_cells import LowRankGRUCell, LowRankLSTMCell, LowRankRNNCell

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_count, check_values, describe
-from ._lowrank_layer import TwoFactorLayer, check_rank, check_source, inherit, merged, uninitialised
+from ._lowrank_layer import TwoFactorLayer, inherit, merged, uninitialised
 from ._matricise import matricise
 from ._pivoted_modules import ChannelMerge
+from ._source_layer import check_rank, check_source
 
 if TYPE_CHECKING:
     from ._matricise import Form

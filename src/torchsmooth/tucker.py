@@ -17,10 +17,11 @@ from ._execution import active
 from ._geometry import HasGeometry, geometry_of, spelled_out
 from ._given_factors import checked_copies
 from ._linalg import eigen
-from ._lowrank_layer import LowRankLayer, check_source, check_writable, inherit, merged, uninitialised
+from ._lowrank_layer import LowRankLayer, check_writable, inherit, merged, uninitialised
 from ._matricise import FORMS, matricise
 from ._pivoted_modules import ChannelMerge, ChannelSplit, Ordered
 from ._pivoting import pivoted_rows, with_identity
+from ._source_layer import check_source
 from ._tucker import signed, tucker_balanced, tucker_factors, tucker_product
 from ._tucker_layout import TuckerLayout
 from ._whitening import first_factor, second_factor
