@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from testbed.checkpoints import load_network
 from testbed.cifar import accuracy, load_images
 from torchsmooth import recalibrate_batchnorm_
+from torchsmooth._expansion import expanded_
 from torchsmooth._workpiece import Request, Workpiece
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def main() -> None:
         network = load_network(spec)
         inputs, batches = network.normalise(pixels), network.normalise(calibration).split(128)
         heads.append(f"{spec} −{100 * ratio:.0f} % (dense {measured(network.model, inputs, labels):.1f})")
-        with torch.no_grad():
-            workpiece = Workpiece(network.model, request)
+        with torch.no_grad(), expanded_(network.model, request.refusal) as expansion:
+            workpiece = Workpiece(network.model, request, expansion)
         modules, norms = dict(network.model.named_modules()), norms_after(network.model)
         options = {layer.name: layer.options for layer in workpiece.layers}
         for name, objective in OBJECTIVES.items():

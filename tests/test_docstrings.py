@@ -26,7 +26,7 @@ from torchsmooth.spectra import LayerSpectrum
 NAMES = {name: getattr(torchsmooth, name) for name in torchsmooth.__all__ if name != "functional"}
 NAMES |= {f"functional.{name}": getattr(functional, name) for name in functional.__all__}
 FUNCTIONS = {name: one for name, one in NAMES.items() if inspect.isfunction(one)}
-RESULTS = {"CompressionPlan", "CompressionReport", "Spectrum"}
+RESULTS = {"CompressionPlan", "CompressionReport", "Spectrum", "TuningReport"}
 MADE = {name: one for name, one in NAMES.items() if inspect.isclass(one) and name not in RESULTS}
 # Not public names of their own, but what users get from those, or derive from.
 OTHERS = {one.__name__: one for one in (PenaltyHandle, LayerPlan, Penalty, LayerReport, LayerSpectrum)}
@@ -40,6 +40,8 @@ WITHOUT_SOURCE = {
     "plot_weights": "a picture",
     "register_layer": "a table of types",
     "restore_dense_": "a product of two matrices",
+    "TuningReport": "a container",
+    "tune_": "measured times",
     "sweep": "plans of `plan_compression`, which names its own",
 }
 # How a range is said.
