@@ -1,4 +1,4 @@
-"""Whether the fused kernels can run, and why not: asked at every call, so it imports Triton only where it would be used."""
+"""Whether the fused kernels can run, and why not: asked at every call, so Triton is imported only where it is used."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def check_conv2d(
         )
     if tuple(up.shape[2:]) != (1, 1):
         raise ValueError(
-            f"up must have a kernel of 1×1, as in scheme 'channel', got {format_shape(up.shape)}. Other schemes are not "
-            f"fused: {_LAYERS}."
+            f"up must have a kernel of 1×1, as in scheme 'channel', got {format_shape(up.shape)}. Other schemes are "
+            f"not fused: {_LAYERS}."
         )
     if input.shape[1] != down.shape[1]:
         raise ValueError(
@@ -95,7 +95,8 @@ def _check_alike(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -
                             ".to(dtype), or run under torch.autocast.")  # fmt: skip
         if one.device != input.device:
             raise ValueError(
-                f"{name} must be on the input's device {input.device}, got {one.device}: bring them together with .to()."
+                f"{name} must be on the input's device {input.device}, got {one.device}: bring them together with "
+                ".to(device)."
             )
 
 

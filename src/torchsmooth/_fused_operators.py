@@ -1,7 +1,7 @@
 """The operators behind :mod:`torchsmooth.fused`, as compilers and exporters see them: one node for two products.
 
-An operator computes the same everywhere: by a fused kernel where there is one for the device, the dtype and the rank, and
-by two calls otherwise. Gradients are those of the two calls.
+An operator computes the same everywhere: by a fused kernel where there is one for the device, the dtype and the rank,
+and by two calls otherwise. Gradients are those of the two calls.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ low_rank_linear.register_autograd(_linear_gradients, setup_context=_save_linear)
         "bool relu) -> Tensor"
     ),
 )
-def low_rank_conv2d(
+def low_rank_conv2d(  # noqa: PLR0917 - the schema's
     input: Tensor,  # noqa: A002 - the name in torch
     down: Tensor,
     up: Tensor,
@@ -105,7 +105,8 @@ def low_rank_conv2d(
     if output.numel():
         from . import _triton_conv2d  # noqa: PLC0415 - imports Triton
 
-        precision = _precision(torch.backends.cudnn.conv)
+        backend = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)  # older releases have one setting for all
+        precision = _precision(backend)
         _triton_conv2d.run(
             input, down, up[:, :, 0, 0], bias, output, stride, padding, dilation, relu=relu, precision=precision
         )
@@ -113,7 +114,7 @@ def low_rank_conv2d(
 
 
 @low_rank_conv2d.register_fake
-def _images_shape(
+def _images_shape(  # noqa: PLR0917 - the schema's
     input: Tensor,  # noqa: A002 - the name in torch
     down: Tensor,
     up: Tensor,

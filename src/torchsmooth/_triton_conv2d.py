@@ -1,4 +1,4 @@
-"""The fused kernel of a k×k convolution and the 1×1 after it; :mod:`torchsmooth._triton_tiles` says how it goes about it.
+"""The fused kernel of a k×k convolution and the 1×1 after it; :mod:`torchsmooth._triton_tiles` says how it is done.
 
 The first is an implicit matrix product: a row is a pixel of the output, and what it is multiplied with is gathered from
 the input, one tap of the kernel and a block of channels at a time. In channels_last such a block is contiguous, which
@@ -7,12 +7,12 @@ is why that is the format to be fast in; any other is read right, by its strides
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
-from ._triton_tiles import CONFIGS, add_product, bucket, expand, factor_arguments, launch
+from ._triton_tiles import CONFIGS, add_product, bucket, expand, factor_arguments, fitting, launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._triton_tiles import Precision
-
-_KEY = ["rows_bucket", "channels", "out_size", "rank", "kernel_height", "kernel_width", "stride_y", "stride_x"]
 
 
 def run(
@@ -78,16 +76,16 @@ def run(
 
 
 @triton.jit
-def _kernel(inputs: Any, down: Any, up: Any, bias: Any, output: Any, rows: Any,
-            rows_bucket: Any,  # noqa: ARG001 - the tuner tells shapes apart by it
-            channels: Any, height: Any, width: Any, out_height: Any, out_width: Any, kernel_height: Any,
-            kernel_width: Any, stride_y: Any, stride_x: Any, padding_y: Any, padding_x: Any, dilation_y: Any,
-            dilation_x: Any, input_image: Any, input_channel: Any, input_y: Any, input_x: Any, down_rank: Any,
-            down_channel: Any, down_y: Any, down_x: Any, output_image: Any, output_out: Any, output_y: Any,
-            output_x: Any, out_size: Any, rank: Any, up_out: Any, up_rank: Any, bias_step: Any,
+def _kernel(inputs, down, up, bias, output, rows,
+            rows_bucket,  # noqa: ARG001 - the tuner tells shapes apart by it
+            channels, height, width, out_height, out_width, kernel_height,
+            kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y,
+            dilation_x, input_image, input_channel, input_y, input_x, down_rank,
+            down_channel, down_y, down_x, output_image, output_out, output_y,
+            output_x, out_size, rank, up_out, up_rank, bias_step,
             has_bias: tl.constexpr, relu: tl.constexpr, head: tl.constexpr, tail: tl.constexpr,
             precision: tl.constexpr, block_rows: tl.constexpr, block_inner: tl.constexpr,
-            block_columns: tl.constexpr, splits: tl.constexpr) -> None:  # fmt: skip
+            block_columns: tl.constexpr, splits: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     inside = row < rows
     image, out_y, out_x = row // (out_height * out_width), row // out_width % out_height, row % out_width
@@ -124,4 +122,6 @@ def _kernel(inputs: Any, down: Any, up: Any, bias: Any, output: Any, rows: Any,
            bias_step, has_bias, relu, head, tail, block_rows, block_columns, splits, precision)  # fmt: skip
 
 
-_tuned = triton.autotune(CONFIGS, key=[*_KEY, "precision"])(_kernel)
+_KEY = ["rows_bucket", "channels", "out_size", "rank", "kernel_height", "kernel_width", "stride_y", "stride_x",
+        "input_channel", "precision"]  # fmt: skip
+_tuned = triton.autotune(CONFIGS, key=_KEY, prune_configs_by={"early_config_prune": fitting})(_kernel)

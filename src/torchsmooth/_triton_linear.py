@@ -1,13 +1,13 @@
-"""The fused kernel of a low-rank linear layer; :mod:`torchsmooth._triton_tiles` says how it goes about it."""
+"""The fused kernel of a low-rank linear layer; :mod:`torchsmooth._triton_tiles` says how it is done."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
-from ._triton_tiles import CONFIGS, add_product, bucket, expand, factor_arguments, launch, load_tile
+from ._triton_tiles import CONFIGS, add_product, bucket, expand, factor_arguments, fitting, launch, load_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from ._triton_tiles import Precision
 
 
-def run(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, output: Tensor, *, relu: bool,
-        precision: Precision) -> None:  # fmt: skip  # noqa: A002 - the name in torch
+def run(
+    input: Tensor,  # noqa: A002 - the name in torch
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    *,
+    relu: bool,
+    precision: Precision,
+) -> None:
     """Fill ``output`` with ``(input @ down.T) @ up.T + bias``.
 
     Args:
@@ -48,13 +56,13 @@ def run(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, output: Te
 
 
 @triton.jit
-def _kernel(inputs: Any, down: Any, up: Any, bias: Any, output: Any, rows: Any,
-            rows_bucket: Any,  # noqa: ARG001 - the tuner tells shapes apart by it
-            in_size: Any, out_size: Any, rank: Any, input_row: Any, input_in: Any, down_rank: Any, down_in: Any,
-            up_out: Any, up_rank: Any, bias_step: Any, output_row: Any, output_out: Any, has_bias: tl.constexpr,
+def _kernel(inputs, down, up, bias, output, rows,
+            rows_bucket,  # noqa: ARG001 - the tuner tells shapes apart by it
+            in_size, out_size, rank, input_row, input_in, down_rank, down_in,
+            up_out, up_rank, bias_step, output_row, output_out, has_bias: tl.constexpr,
             relu: tl.constexpr, head: tl.constexpr, tail: tl.constexpr, precision: tl.constexpr,
             block_rows: tl.constexpr, block_inner: tl.constexpr, block_columns: tl.constexpr,
-            splits: tl.constexpr) -> None:  # fmt: skip
+            splits: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     inside = row < rows
     head_ranks = tl.arange(0, head)
@@ -75,4 +83,5 @@ def _kernel(inputs: Any, down: Any, up: Any, bias: Any, output: Any, rows: Any,
            bias_step, has_bias, relu, head, tail, block_rows, block_columns, splits, precision)  # fmt: skip
 
 
-_tuned = triton.autotune(CONFIGS, key=["rows_bucket", "in_size", "out_size", "rank", "precision"])(_kernel)
+_KEY = ["rows_bucket", "in_size", "out_size", "rank", "precision"]
+_tuned = triton.autotune(CONFIGS, key=_KEY, prune_configs_by={"early_config_prune": fitting})(_kernel)

@@ -1,13 +1,13 @@
 """What the fused kernels share: how a rank is tiled, the loads, and the product that expands a tile to the output.
 
-Both kernels have the same two phases. A program owns a tile of rows (of the input of a linear layer, of the pixels of an
-image) and first computes all of their ``rank`` intermediate numbers, adding up in float32; then it casts them once to the
-dtype of the input, as the first of two calls would when it stores them, and multiplies them with one tile of ``up`` after
-another. So the rows of the input are read once, the output is written once, and what lies between never leaves the chip.
+Both kernels have the same two phases. A program owns a tile of rows (inputs of a linear layer, pixels of an image) and
+first computes all of their ``rank`` intermediate numbers, adding up in float32; then it casts them once to the dtype of
+the input, as the first of two calls would when it stores them, and multiplies them with one tile of ``up`` after the
+other. So the rows of the input are read once, the output is written once, and what lies between never leaves the chip.
 The factors are read by every program; they are small, and come from the second-level cache.
 
-A tensor of a kernel has sizes that are powers of two. Rounding the rank itself up to one would nearly double the work for
-a rank just above it, so the intermediate is held in two parts, a head and a tail: 33 = 32 + 1 takes 32 + 16.
+A tensor of a kernel has sizes that are powers of two. Rounding the rank itself up to one would nearly double the work
+for a rank just above it, so the intermediate is held in two parts, a head and a tail: 33 = 32 + 1 takes 32 + 16.
 
 This module and the kernels are imported where one is about to run: nothing else needs Triton.
 """
@@ -30,9 +30,9 @@ _SMALLEST = 16  # the least size of a side of tl.dot
 # One that fits everywhere: for the interpreter, and where results have to be the same in every process.
 FIXED = {"block_rows": 32, "block_inner": 32, "block_columns": 32, "splits": 2, "num_warps": 4, "num_stages": 2}
 
-# ``splits`` programs share the output columns of the same rows, and each computes the intermediate anew: the first product
-# is done several times over, but the chip is filled where there are few rows. The alternative, two launches with the
-# intermediate between them, is what two library calls are. Which is the better is measured, not guessed.
+# ``splits`` programs share the output columns of the same rows, and each computes the intermediate anew: the first
+# product is done several times over, but the chip is filled where there are few rows. The alternative, two launches and
+# the intermediate between them, is what two library calls are. Which is the better is measured, not guessed.
 CONFIGS = [
     triton.Config(
         {"block_rows": rows, "block_inner": inner, "block_columns": columns, "splits": splits},
@@ -50,6 +50,16 @@ CONFIGS = [
         (32, 32, 32, 2, 4, 2),  # FIXED: one that does not fit is passed over, and one must be left
     )
 ]
+
+# What registers and shared memory can hold of an intermediate; products in float32 take more of both for each entry.
+_MOST_ON_CHIP = 1 << 17
+
+
+def fitting(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
+    """Return the configurations worth a measurement: the others take long to compile, and spill."""
+    known = named | arguments
+    ranks, size = known["head"] + known["tail"], known["up"].element_size()
+    return [one for one in configs if one.kwargs["block_rows"] * ranks * size * size <= _MOST_ON_CHIP]
 
 
 def rank_tiles(rank: int) -> tuple[int, int]:
@@ -112,7 +122,15 @@ def factor_arguments(up: Tensor, bias: Tensor | None, output: Tensor, *, relu: b
 
 
 @triton.jit
-def load_tile(base: Any, first: Any, first_step: Any, inside: Any, second: Any, second_step: Any, size: Any) -> Any:
+def load_tile(
+    base,
+    first,
+    first_step,
+    inside,
+    second,
+    second_step,
+    size,
+):
     """Load ``base[first * first_step + second * second_step]``; zero where not ``inside``, or where second >= size.
 
     Offsets are of 64 bits: a tensor may have more than 2^31 entries, and strides may reach further.
@@ -127,7 +145,7 @@ _WIDEN = tl.constexpr(INTERPRETED)  # a kernel reads no other globals than such
 
 
 @triton.jit
-def multiply_add(total: Any, left: Any, right: Any, precision: tl.constexpr) -> Any:
+def multiply_add(total, left, right, precision: tl.constexpr):
     """Add a product of two tiles to a sum in float32."""
     if _WIDEN:  # the interpreter would multiply the bits of bfloat16 as integers; in float32 the products are the same
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -135,24 +153,24 @@ def multiply_add(total: Any, left: Any, right: Any, precision: tl.constexpr) -> 
 
 
 @triton.jit
-def add_product(total: Any, tile: Any, down: Any, ranks: Any, down_rank: Any, rank: Any, inner: Any,
-                down_inner: Any, size: Any, precision: tl.constexpr) -> Any:  # fmt: skip
+def add_product(total, tile, down, ranks, down_rank, rank, inner,
+                down_inner, size, precision: tl.constexpr):  # fmt: skip
     """Add the product of a tile of rows with the same columns of ``down``, for some of the ranks."""
     factor = load_tile(down, inner, down_inner, inner < size, ranks, down_rank, rank)
     return multiply_add(total, tile, factor, precision)
 
 
 @triton.jit
-def rounded(total: Any, ranks: Any, rank: Any, like: Any) -> Any:
+def rounded(total, ranks, rank, like):
     """Cast sums to the dtype that ``like`` points to; beyond the rank, inf × 0 may have left something."""
     return tl.where((ranks < rank)[None, :], total, 0.0).to(like.dtype.element_ty)
 
 
 @triton.jit
-def expand(head_sum: Any, tail_sum: Any, up: Any, bias: Any, output: Any, rows: Any, inside: Any, output_out: Any,
-           out_size: Any, rank: Any, up_out: Any, up_rank: Any, bias_step: Any, has_bias: tl.constexpr,
+def expand(head_sum, tail_sum, up, bias, output, rows, inside, output_out,
+           out_size, rank, up_out, up_rank, bias_step, has_bias: tl.constexpr,
            relu: tl.constexpr, head: tl.constexpr, tail: tl.constexpr, block_rows: tl.constexpr,
-           block_columns: tl.constexpr, splits: tl.constexpr, precision: tl.constexpr) -> None:  # fmt: skip
+           block_columns: tl.constexpr, splits: tl.constexpr, precision: tl.constexpr):  # fmt: skip
     """Multiply the intermediate with ``up``, add the bias, and store: the second phase.
 
     ``rows`` are offsets into the output, ``output_out`` its step from one output feature to the next.

@@ -1,9 +1,9 @@
-"""Low-rank layers as one operator each, with fused kernels for GPUs: an explicit opt-in, nothing here is chosen for you.
+"""Low-rank layers as one operator each, with fused kernels for GPUs: an opt-in, nothing here is chosen for you.
 
-A low-rank layer is two products, and what lies between them is written to memory and read again. The kernels here keep it
-on the chip. They need `Triton <https://triton-lang.org>`_ and a CUDA device (on the CPU, Triton's interpreter runs them, for
-tests); wherever they cannot run, the same functions compute the same by two ordinary calls. Set ``TORCHSMOOTH_FUSED=0`` to
-turn the kernels off.
+A low-rank layer is two products, and what lies between them is written to memory and read again. The kernels here keep
+it on the chip. They need Triton and a CUDA device (on the CPU, Triton's interpreter runs them, for tests); where they
+cannot run, the same functions compute the same by two ordinary calls. ``TORCHSMOOTH_FUSED=0`` in the environment turns
+the kernels off.
 
 >>> import torch, torchsmooth.fused
 >>> layer = torchsmooth.LowRankLinear(64, 48, rank=8)
@@ -25,6 +25,8 @@ from ._checks import check_choice, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 __all__ = ["fold_batchnorm", "is_available", "low_rank_conv2d", "low_rank_linear", "why_unavailable"]
 
@@ -65,7 +67,8 @@ def low_rank_linear(
         tensor([3., 3., 3.])
     """
     operands = _operands(input, down, up, bias)
-    return _fused_operators.low_rank_linear(*operands, relu)
+    output: Tensor = _fused_operators.low_rank_linear(*operands, relu)
+    return output
 
 
 def low_rank_conv2d(
@@ -133,8 +136,8 @@ def fold_batchnorm(up: Tensor, bias: Tensor | None, batchnorm: nn.Module) -> tup
         batchnorm: ``nn.BatchNorm1d``, ``2d`` or ``3d`` with running statistics, over ``out`` features.
 
     Returns:
-        The ``up`` and the ``bias`` that compute the same with nothing after them, computed in float32 or better and cast
-        once to the dtype of ``up``.
+        The ``up`` and the ``bias`` that compute the same with nothing after them, computed in float32 or better and
+        cast once to the dtype of ``up``.
 
     Raises:
         TypeError: if it is not a BatchNorm.
@@ -212,26 +215,31 @@ def why_unavailable(device: torch.device | str = "cuda") -> str | None:
     return _fused_availability.why_unavailable(torch.device(device))
 
 
-def _operands(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> list[Tensor]:  # noqa: A002 - as in torch
+def _operands(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> _Operands:  # noqa: A002 - as in torch
+    """Check that they are tensors, and cast them where autocast is on.
+
+    Autocast knows torch's own operators: for these, what it does to two calls is done here.
+    """
     named = {"input": input, "down": down, "up": up, "bias": bias}
     for name, one in named.items():
         if not isinstance(one, Tensor) and (name != "bias" or one is not None):
             raise TypeError(f"{name} must be a tensor, got {describe(one)}.")
     kind = input.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return list(named.values())
+        return input, down, up, bias
     dtype = torch.get_autocast_dtype(kind)
-    # Autocast knows torch's own operators: for this one, what it does to two calls is done here.
-    eligible = [one is not None and one.is_floating_point() and one.dtype != torch.float64 for one in named.values()]
-    return [one.to(dtype) if cast else one for one, cast in zip(named.values(), eligible, strict=True)]
+
+    def cast(one: Tensor) -> Tensor:
+        return one.to(dtype) if one.is_floating_point() and one.dtype != torch.float64 else one
+
+    return cast(input), cast(down), cast(up), None if bias is None else cast(bias)
 
 
 def _pair(value: int | Sequence[int], name: str) -> list[int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [value, value]
-    if isinstance(value, (tuple, list)) and len(value) == 2:  # noqa: PLR2004
-        return list(value)
-    raise ValueError(f"{name} must be a number or a pair, got {describe(value)}.")
+    values = list(value) if isinstance(value, (tuple, list)) else [value, value]
+    if len(values) != 2 or not all(isinstance(one, int) for one in values):  # noqa: PLR2004
+        raise ValueError(f"{name} must be an integer or a pair of them, got {describe(value)}.")
+    return values
 
 
 def _padded(
