@@ -14,7 +14,7 @@ torch.Size([5, 48])
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -147,8 +147,8 @@ def fold_batchnorm(up: Tensor, bias: Tensor | None, batchnorm: nn.Module) -> tup
         >>> import torch
         >>> from torchsmooth import fused
         >>> up, bias = fused.fold_batchnorm(torch.ones(2, 1), None, torch.nn.BatchNorm2d(2, eps=3.0).eval())
-        >>> up.T, bias
-        (tensor([[0.5000, 0.5000]], grad_fn=<PermuteBackward0>), tensor([0., 0.], grad_fn=<SubBackward0>))
+        >>> up.flatten().tolist(), bias.tolist()
+        ([0.5, 0.5], [0.0, 0.0])
     """
     if not isinstance(batchnorm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         raise TypeError(f"batchnorm must be an nn.BatchNorm1d, 2d or 3d, got {describe(batchnorm)}.")
@@ -236,7 +236,7 @@ def _operands(input: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> _
 
 
 def _pair(value: int | Sequence[int], name: str) -> list[int]:
-    values = list(value) if isinstance(value, (tuple, list)) else [value, value]
+    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value, value]
     if len(values) != 2 or not all(isinstance(one, int) for one in values):  # noqa: PLR2004
         raise ValueError(f"{name} must be an integer or a pair of them, got {describe(value)}.")
     return values
