@@ -112,7 +112,7 @@ def conv_operands(seed, image, sizes, kernel, dtype, device=DEVICE):
 layouts = st.sampled_from(["plain", "transposed", "gaps"])
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(
     seeds,
     st.integers(0, 70),
@@ -134,7 +134,7 @@ def test_linear_layers_of_any_size_and_strides(seed, rows, sizes, dtype, bias, r
 pairs = st.tuples(st.integers(1, 2), st.integers(1, 2))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seeds,
     st.tuples(st.integers(0, 2), st.integers(5, 8), st.integers(5, 8)),
