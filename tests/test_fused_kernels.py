@@ -134,7 +134,7 @@ def test_linear_layers_of_any_size_and_strides(seed, rows, sizes, dtype, bias, r
 pairs = st.tuples(st.integers(1, 2), st.integers(1, 2))
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     seeds,
     st.tuples(st.integers(0, 2), st.integers(5, 8), st.integers(5, 8)),
@@ -155,6 +155,20 @@ def test_convolutions_of_any_geometry_and_format(seed, image, sizes, geometry, d
     assert output.dtype is dtype
     assert output.is_contiguous(memory_format=torch.channels_last) or not (last and told_apart)
     assert_close(output, reference_conv2d, operands, *geometry, relu=relu)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("sizes", "kernel", "geometry"),
+    [
+        ((5, 7, 6), (3, 3), ((2, 1), (2, 1), (1, 2))),
+        ((40, 33, 35), (3, 2), ((1, 2), (0, 2), (2, 1))),
+        ((5, 1, 3), (2, 4), ((3, 1), (1, 3), (3, 2))),
+    ],
+)
+def test_each_axis_of_an_image_has_its_own_geometry(device, sizes, kernel, geometry):
+    operands = conv_operands(8, (2, 9, 8), sizes, kernel, torch.float16, device)
+    assert_close(fused.low_rank_conv2d(*operands, *geometry), reference_conv2d, operands, *geometry)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -243,19 +257,25 @@ def test_the_same_input_gives_the_same_output(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_more_than_2_to_the_31_entries_apart_are_found(device):
+def test_entries_more_than_2_to_the_31_apart_are_found(device):
     try:
-        far = torch.empty(2**31 + 8, dtype=torch.float16, device=device)  # only two pages of it are touched
+        far = torch.empty(2**31 + 8, dtype=torch.float16, device=device)  # only three pages of it are touched
     except RuntimeError:
         pytest.skip("there are not 4 GiB of memory here")
-    for row in range(2):
-        far[row * 2**31 : row * 2**31 + 4] = row + 1.0
+    apart = 2**30  # which fits into 32 bits, as the number of the row does, but not their product
+    for row in range(3):
+        far[row * apart : row * apart + 4] = row + 1.0
     ones = torch.ones(1, 4, dtype=torch.float16, device=device)
-    rows = far.as_strided((2, 4), (2**31, 1))
-    assert fused.low_rank_linear(rows, ones, ones[:, :1]).flatten().tolist() == [4.0, 8.0]
-    images = far.as_strided((2, 4, 1, 1), (2**31, 1, 1, 1))
+    rows = far.as_strided((3, 4), (apart, 1))
+    assert fused.low_rank_linear(rows, ones, ones[:, :1]).flatten().tolist() == [4.0, 8.0, 12.0]
+    columns = far.as_strided((4, 3), (1, apart))
+    assert fused.low_rank_linear(columns, ones[:, :3], ones[:, :1]).flatten().tolist() == [6.0] * 4
+    images = far.as_strided((3, 4, 1, 1), (apart, 1, 1, 1))
     output = fused.low_rank_conv2d(images, ones[:, :, None, None], ones[:, :1, None, None])
-    assert output.flatten().tolist() == [4.0, 8.0]
+    assert output.flatten().tolist() == [4.0, 8.0, 12.0]
+    channels = far.as_strided((4, 3, 1, 1), (1, apart, 1, 1))
+    output = fused.low_rank_conv2d(channels, ones[:, :3, None, None], ones[:, :1, None, None])
+    assert output.flatten().tolist() == [6.0] * 4
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -88,7 +88,7 @@ def _kernel(inputs, down, up, bias, output, rows,
             block_columns: tl.constexpr, splits: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     inside = row < rows
-    image, out_y, out_x = row // (out_height * out_width), row // out_width % out_height, row % out_width
+    image, out_y, out_x = row // out_width // out_height, row // out_width % out_height, row % out_width
     top, left = out_y * stride_y - padding_y, out_x * stride_x - padding_x
 
     head_ranks = tl.arange(0, head)
