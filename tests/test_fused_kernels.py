@@ -334,3 +334,16 @@ def test_some_configuration_is_always_left(rank, dtype):
     left = fitting(CONFIGS, {}, head=head, tail=tail, up=torch.empty(0, dtype=dtype))
     fixed = {name: FIXED[name] for name in ("block_rows", "block_inner", "block_columns", "splits")}
     assert fixed in [one.kwargs for one in left]
+
+
+@interpreted
+def test_every_configuration_computes_the_same(monkeypatch):
+    from torchsmooth import _triton_tiles
+
+    rows = linear_operands(9, 40, (70, 33, 140), torch.float32)
+    image = conv_operands(10, (1, 5, 6), (70, 17, 40), (1, 2), torch.float32)
+    for config in _triton_tiles.CONFIGS:
+        monkeypatch.setattr(_triton_tiles, "FIXED", config.kwargs)
+        assert_close(fused.low_rank_linear(*rows), reference_linear, rows)
+        geometry = ((2, 1), (1, 0), (1, 1))
+        assert_close(fused.low_rank_conv2d(*image, *geometry), reference_conv2d, image, *geometry)
