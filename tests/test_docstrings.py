@@ -16,7 +16,7 @@ import re
 import pytest
 
 import torchsmooth
-from torchsmooth import functional
+from torchsmooth import functional, fused
 from torchsmooth.attach import PenaltyHandle
 from torchsmooth.layer_plan import LayerPlan
 from torchsmooth.penalties import Penalty
@@ -25,6 +25,7 @@ from torchsmooth.spectra import LayerSpectrum
 
 NAMES = {name: getattr(torchsmooth, name) for name in torchsmooth.__all__ if name != "functional"}
 NAMES |= {f"functional.{name}": getattr(functional, name) for name in functional.__all__}
+NAMES |= {f"fused.{name}": getattr(fused, name) for name in fused.__all__}
 FUNCTIONS = {name: one for name, one in NAMES.items() if inspect.isfunction(one)}
 RESULTS = {"CompressionPlan", "CompressionReport", "Spectrum", "TuningReport"}
 MADE = {name: one for name, one in NAMES.items() if inspect.isclass(one) and name not in RESULTS}
@@ -40,6 +41,7 @@ WITHOUT_SOURCE = {
     "plot_weights": "a picture",
     "register_layer": "a table of types",
     "restore_dense_": "a product of two matrices",
+    **dict.fromkeys((f"fused.{name}" for name in fused.__all__), "two products, and what may follow them"),
     "TuningReport": "a container",
     "tune_": "measured times",
     "sweep": "plans of `plan_compression`, which names its own",

@@ -13,7 +13,7 @@ import torch
 import torchsmooth
 from tests.low_rank_networks import needs_compiler
 from tests.pages import NOT_RUN, PAGES, ROOT, anchors_of, blocks_of, links_of
-from torchsmooth import functional
+from torchsmooth import functional, fused
 from torchsmooth._command_line import _parser
 from torchsmooth.layer_types import _TYPES
 
@@ -123,6 +123,7 @@ def test_a_command_is_one_that_there_is(words):
 def test_the_reference_has_every_public_name_once():
     named = re.findall(r"^::: torchsmooth\.(\S+)$", "".join(TEXTS.values()), re.MULTILINE)
     public = set(torchsmooth.__all__) - {"functional"} | {f"functional.{name}" for name in functional.__all__}
+    public |= {f"fused.{name}" for name in fused.__all__}
     assert len(named) == len(set(named))
     assert public <= set(named)
     overview = set(re.findall(r"`(\w+)`", TEXTS["docs/reference.md"]))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import torchsmooth
-from torchsmooth import functional, penalties
+from torchsmooth import functional, fused, penalties
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "torchsmooth"
@@ -111,6 +111,15 @@ SIGNATURES = {
 }
 
 
+FUSED = {
+    "fold_batchnorm": "(up, bias, batchnorm)",
+    "is_available": "(device='cuda')",
+    "low_rank_conv2d": "(input, down, up, bias=None, stride=1, padding=0, dilation=1, *, relu=False)",
+    "low_rank_linear": "(input, down, up, bias=None, *, relu=False)",
+    "why_unavailable": "(device='cuda')",
+}
+
+
 def bare(signature):
     """A signature without annotations."""
     parameters = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
@@ -121,12 +130,18 @@ def test_the_public_names_are_these():
     assert set(torchsmooth.__all__) == SIGNATURES.keys() | {"functional"}
     assert all(hasattr(torchsmooth, name) for name in torchsmooth.__all__)
     assert functional.__all__ == ["first_derivative", "nuclear_norm", "nuclear_ratio", "second_derivative"]
+    assert fused.__all__ == sorted(FUSED)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", torchsmooth.__version__)
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_api(name):
     assert bare(inspect.signature(getattr(torchsmooth, name))) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_signatures_of_the_fused_operators_are_api(name):
+    assert bare(inspect.signature(getattr(fused, name))) == FUSED[name]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +248,10 @@ def test_imports_are_acyclic_and_need_only_torch():
         for node in ast.walk(tree):
             # Pictures need matplotlib, which is optional: imported where one is drawn, or for the type checker alone.
             lazy = {"matplotlib"} if path.stem in {"plotting", "spectra"} and node not in tree.body else set()
+            # The kernels need Triton, which is optional: only functions import them.
+            lazy |= {"triton"} if path.stem.startswith("_triton") else set()
             if isinstance(node, ast.Import):
-                assert {alias.name.split(".")[0] for alias in node.names} <= {"torch"} | sys.stdlib_module_names
+                assert {alias.name.split(".")[0] for alias in node.names} <= {"torch"} | lazy | sys.stdlib_module_names
             if isinstance(node, ast.ImportFrom) and not node.level:
                 assert node.module.split(".")[0] in {"torch"} | lazy | sys.stdlib_module_names
 
@@ -301,6 +318,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_leading",
         "_execution",
         "_derive",
+        "_fused_layers",
         "_memory_format",
         "tuning",
         "_spectrum",
@@ -349,6 +367,13 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "compress",
         "checkpoint",
         "batchnorm",
+        "_fused_availability",
+        "_fused_checks",
+        "_fused_operators",
+        "_triton_conv2d",
+        "_triton_linear",
+        "_triton_tiles",
+        "fused",
     }
     shared = {"_linalg", "_matricise", "_checks"}
     bridge = {"rank_tail"}  # penalises what a plan will cut: it stands on both halves, and nothing stands on it

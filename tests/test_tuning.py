@@ -15,7 +15,7 @@ from torch import nn
 import torchsmooth
 from tests.networks import mlp, same, small_resnet, snapshot
 from tests.strategies import convolutions, fill_, randn, seeds, small_convolutions
-from torchsmooth import tuning
+from torchsmooth import _fused_layers, tuning
 from torchsmooth._derive import derive, is_tunable
 from torchsmooth._execution import EXECUTIONS, derived_of, use_
 from torchsmooth._layers import KINDS
@@ -58,7 +58,7 @@ def check_all_executions(layer, inputs):
     for execution in EXECUTIONS:
         derived = derive(layer, execution)
         if derived is None:
-            assert execution == "pivoted"
+            assert execution in ("pivoted", "fused")
             continue
         before = snapshot(layer)
         use_(layer, derived)
@@ -328,6 +328,66 @@ def test_tuning_for_real_changes_no_result():
     assert "memory format kept" in str(report)
 
 
+FUSABLE = {
+    "linear": (torchsmooth.LowRankLinear(8, 6, 3), (4, 8)),
+    "linear without bias": (torchsmooth.LowRankLinear(8, 6, 3, bias=False), (2, 4, 8)),
+    "convolution": (torchsmooth.LowRankConv2d(4, 6, 3, 2, stride=2, padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 8)),
+    "padding by name": (torchsmooth.LowRankConv2d(4, 6, (3, 1), 2, padding="same"), (2, 4, 9, 8)),
+}
+NOT_FUSABLE = {
+    "no fused operator for a LowRankConv1d": torchsmooth.LowRankConv1d(4, 4, 3, 2),
+    "no fused operator for a TuckerConv2d": torchsmooth.TuckerConv2d(4, 4, 3, 2),
+    "the fused operators take the factored form": torchsmooth.LowRankLinear(6, 6, 2, form="pivoted"),
+    "that of scheme 'channel' without groups": torchsmooth.LowRankConv2d(4, 4, 3, 2, groups=2),
+    "pads with zeros, not by 'circular'": torchsmooth.LowRankConv2d(4, 4, 3, 2, padding=1, padding_mode="circular"),
+    "nowhere": torchsmooth.LowRankLinear(6, 6, 2),
+}
+
+
+@pytest.mark.parametrize("name", FUSABLE)
+def test_the_fused_operators_compute_the_same_from_the_same_factors(name, monkeypatch):
+    layer, shape = FUSABLE[name]
+    layer = fill_(copy.deepcopy(layer), 3).eval()
+    monkeypatch.setattr(_fused_layers, "why_unavailable", lambda _: None)
+    inputs = randn(*shape, seed=1, dtype=torch.float32)
+    expected = run(layer, inputs)
+    use_(layer, derive(layer, "fused"))
+    assert layer.execution == "fused"
+    assert close(run(layer, inputs), expected, 1e-6)
+    again = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.up.weight.zero_()
+        assert close(again(inputs), expected, 1e-6)
+        assert torch.equal(torch.compile(again, fullgraph=True, backend="eager")(inputs), again(inputs))
+
+
+@pytest.mark.parametrize("reason", NOT_FUSABLE)
+def test_layers_without_a_fused_operator_say_why(reason, monkeypatch):
+    monkeypatch.setattr(_fused_layers, "why_unavailable", lambda _: "nowhere")
+    layer = NOT_FUSABLE[reason]
+    assert reason in _fused_layers.why_not_fused(layer)
+    assert derive(layer, "fused") is None
+
+
+def test_fused_operators_are_tried_only_where_they_are_named(monkeypatch):
+    monkeypatch.setattr(_fused_layers, "why_unavailable", lambda _: None)
+    model = mlp(sizes=(40, 40, 40)).eval()
+    torchsmooth.svd_compress_(model, 0.5, form="factored")
+    clock = FakeClock(
+        lambda one: 1 if isinstance(one, _fused_layers.FusedExecution) else 1000,
+        lambda s: 1000 - ("fused" in s[0]) * 500,
+    )
+    monkeypatch.setattr(tuning, "median_nanoseconds", clock)
+    report = torchsmooth.tune_(model, torch.zeros(2, 40))
+    assert all("fused" not in layer.seconds for layer in report.layers)
+    report = torchsmooth.tune_(model, torch.zeros(2, 40), executions=["fused"])
+    assert {layer.execution for layer in low_rank_layers(model)} == {"fused"}
+    assert set(report.layers[0].seconds) == {"factored", "fused"}
+    monkeypatch.setattr(_fused_layers, "why_unavailable", lambda _: "nowhere")
+    report = torchsmooth.tune_(model, torch.zeros(2, 40), executions=["fused"])
+    assert {layer.note for layer in report.layers} == {"not fused: nowhere"}
+
+
 def test_layers_that_are_not_run_alone_stay_as_they_are_stored():
     embedding = torchsmooth.LowRankEmbedding(10, 6, 2)
     unused = torchsmooth.LowRankLinear(6, 6, 2)
@@ -421,7 +481,7 @@ def test_bad_arguments_are_refused_before_anything_is_run():
     model, inputs = compressed_resnet()
     model.register_forward_pre_hook(lambda *_: pytest.fail("run"))
     with pytest.raises(
-        TypeError, match=r"^executions must be a sequence of names out of 'dense', 'factored', 'pivoted'"
+        TypeError, match=r"^executions must be a sequence of names out of 'dense', 'factored', 'fused', 'pivoted'"
     ):
         torchsmooth.tune_(model, inputs, executions="dense")
     with pytest.raises(ValueError, match=r"^executions must be one of 'factored', .*; got str 'merged'"):

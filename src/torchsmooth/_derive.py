@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ._execution import Derived
+from ._fused_layers import FusedExecution, why_not_fused
 from ._layers import KINDS
 from ._lowrank_layer import LowRankLayer, TwoFactorLayer
 from .lowrank_embedding import LowRankEmbedding
@@ -36,11 +37,13 @@ def derive(layer: LowRankLayer, execution: str) -> Derived | None:
 
     Returns:
         The module, on the same device, in the same dtype and memory format; None where there is none, as at full rank
-        there is no pivoted form.
+        there is no pivoted form, or :func:`why_not_fused` has a reason.
 
     Raises:
         ValueError: if the factors are no plain parameters.
     """
+    if execution == "fused":
+        return None if why_not_fused(layer) else Derived(execution, FusedExecution(layer).eval(), layer)
     with torch.no_grad():
         dense = layer.to_dense()
         module: Any = dense if execution == "dense" else _in_form(layer, dense, cast("Form", execution))

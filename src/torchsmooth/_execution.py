@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Execution = Literal["factored", "pivoted", "dense"]
+Execution = Literal["factored", "pivoted", "dense", "fused"]
 
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ._lowrank_layer import LowRankLayer
 from ._source_layer import CALLED
 from .lowrank import LowRankLinear
 from .lowrank_conv import LowRankConv2d
-from .lowrank_embedding import LowRankEmbedding
 from .lowrank_transposed import LowRankConvTranspose2d
 from .tucker import TuckerConv2d
 
@@ -33,7 +33,9 @@ _HOOKS = (
 # Says, in a module that stands for one of a registered type, for which: text, so that it can be pickled.
 SOURCE = "_torchsmooth_source"
 
-# What the layers themselves keep; anything else a user has put there.
+# What the layers themselves keep; anything else a user has put there. A table that draws its values on the meta device
+# would import the compiler, a second or two of every program's start: the one here is given, and a LowRankEmbedding
+# keeps nothing under other names than these.
 _STANDARD = frozenset().union(
     *(
         vars(layer)
@@ -41,11 +43,10 @@ _STANDARD = frozenset().union(
             nn.Linear(1, 1, device="meta"),
             nn.Conv2d(1, 1, 1, device="meta"),
             nn.ConvTranspose2d(1, 1, 1, device="meta"),
-            nn.Embedding(1, 1, device="meta"),
+            nn.Embedding(1, 1, _weight=torch.empty(1, 1, device="meta")),
             LowRankLinear(1, 1, 1, device="meta"),
             LowRankConv2d(1, 1, 1, 1, device="meta"),
             LowRankConvTranspose2d(1, 1, 1, 1, device="meta"),
-            LowRankEmbedding(1, 1, 1, device="meta"),
             TuckerConv2d(2, 2, 2, 1, device="meta"),
         )
     )

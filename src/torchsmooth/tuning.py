@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._checks import check_choice, check_module, describe, quoted
 from ._derive import derive, is_tunable
 from ._execution import EXECUTIONS, Execution, derived_of, use_
+from ._fused_layers import why_not_fused
 from ._latency import device_of, observe_calls
 from ._lowrank_layer import LowRankLayer
 from ._memory_format import Placed, as_they_are, channels_last, differ, put_
@@ -43,7 +44,7 @@ class TunedLayer:
         name: qualified name in the model, the first one if it has several.
         type: class name.
         form: how its factors are stored.
-        execution: how it is run from now on: ``"factored"``, ``"pivoted"`` or ``"dense"``.
+        execution: how it is run from now on: ``"factored"``, ``"pivoted"``, ``"dense"`` or ``"fused"``.
         seconds: for each way that was tried, what one call took, alone.
         note: what else there is to say.
     """
@@ -103,7 +104,7 @@ def tune_(
     model: nn.Module,
     example_inputs: Any,
     *,
-    executions: Sequence[Execution] = get_args(Execution),
+    executions: Sequence[Execution] = ("factored", "pivoted", "dense"),
     memory_format: MemoryFormat = "auto",
     progress: bool | None = None,
 ) -> TuningReport:
@@ -123,7 +124,8 @@ def tune_(
         model: with low-rank layers, on the device and in the dtype that it will run in. The mode does not matter.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; of the batch size to
             tune for. The model is run on them.
-        executions: the ways to choose from, besides the one that is stored.
+        executions: the ways to choose from, besides the one that is stored. ``"fused"``, by one operator with a kernel
+            of ``torchsmooth.fused``, is tried only where it is named here.
         memory_format: ``"auto"`` also tries convolution weights in ``torch.channels_last``, and leaves them so where
             that is faster; ``"keep"`` does not. What ``state_dict()`` returns is in the memory format of the model.
         progress: True shows how far it is, False does not; None where the standard error stream is a terminal.
@@ -250,6 +252,8 @@ class _Tuner:
                 break
             if derived is not None:
                 ways[execution] = derived
+            elif execution == "fused":
+                self.notes[name] = f"not fused: {why_not_fused(layer)}"
         return ways
 
     def _compare(self, settings: Sequence[_Setting]) -> list[float]:
