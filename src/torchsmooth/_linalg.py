@@ -70,6 +70,10 @@ def squared_norms(matrices: Tensor, scale: Tensor | None = None) -> Tensor:
     found = torch.zeros(matrices.shape[:-2], dtype=torch.float64, device="cpu")
     scale = torch.ones_like(found) if scale is None else scale.cpu()
     inside = matrices.dtype in _NARROW
+    if inside and matrices.numel() and int(_exponents(matrices).abs().max()) <= _MODEST:
+        rows = torch.linalg.vector_norm(matrices.to(torch.float32), dim=-1)  # each to float32's rounding
+        squares: Tensor = rows.cpu().double().square().sum(-1)
+        return squares / scale / scale
     for piece in pieces(matrices):
         scaled = piece if inside else piece / scale[..., None, None].to(piece.device)
         found += scaled.square().sum((-2, -1)).cpu()
@@ -300,8 +304,15 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]
     # Scaled first, or the squares of very large and very small entries would leave the range of float64; by a power of
     # four, so that nothing is rounded, neither here nor by the square root below.
     half = (_exponents(wide) // 2).to(torch.float64).exp2()
-    basis = orthonormal(basis.to(half.device))
-    projected = torch.cat([basis.mT @ (piece / half / half) for piece in pieces(wide)], -1)
+    basis = basis.to(half.device)
+    if basis.dtype == torch.float32 and _float32_is_whole():  # what it was found in is good enough to use it in
+        scaled, power = single_scaled(wide)
+        with torch.autocast(scaled.device.type, enabled=False):
+            projected = (basis.mT @ scaled).double() * (power / half / half)
+        basis = orthonormal(basis)
+    else:
+        basis = orthonormal(basis)
+        projected = torch.cat([basis.mT @ (piece / half / half) for piece in pieces(wide)], -1)
     sizes = torch.linalg.vector_norm(projected, dim=-1)
     root = sizes.sqrt()
     inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)
