@@ -61,7 +61,8 @@ def plan_compression(
             ``("channel", "spatial")``, leaves the choice among its members. Linear layers and 1×1 convolutions have
             only one.
         form: ``"factored"``, two whole factors; ``"pivoted"``, which saves rank × rank of their entries; or
-            ``"auto"``: the better of the two for each layer.
+            ``"auto"``: the better of the two for each layer, and for target ``"macs"`` always factored, as pivots save
+            multiply-accumulates but no time.
         allocation: ``"budget"`` as above, or ``"uniform"``: each layer keeps the same fraction of its own cost.
         target: what the ratio is a fraction of: ``"params"``; ``"macs"``, the multiply-accumulates for the example
             inputs, counted exactly; or ``"latency"``, the time they take on the model's device, measured for each layer
