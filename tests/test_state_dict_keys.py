@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 import torchsmooth
+from tests.strategies import fill_
 
 # What a product of two factors is stored as, by scheme and form, with a bias.
 FACTORED = ["down.weight", "up.weight", "up.bias"]
@@ -97,7 +98,7 @@ def test_projections_of_an_lstm():
 def test_a_compressed_model():
     """Keys of the dense model, and in place of `weight` and `bias` those of the layer that it became."""
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.MultiheadAttention(32, 2), nn.LSTM(32, 32))
-    torchsmooth.svd_compress_(model, 0.7, form="factored", scheme="channel")
+    torchsmooth.svd_compress_(fill_(model, 0), 0.7, form="factored", scheme="channel", allocation="uniform")
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     attention = [f"2.{name}.{part}" for name in ("q_proj", "k_proj", "v_proj", "out_proj") for part in FACTORED]
     assert keys(model) == [

@@ -57,7 +57,7 @@ def each_rank_does_about_half_of_the_decompositions():
     model = mlp(0, (32,) * 9)
 
     def noted(found, *args, **kwargs):
-        decomposed.append(found.name)
+        decomposed.extend(one.name for one in found)
         return options_of(found, *args, **kwargs)
 
     with (
