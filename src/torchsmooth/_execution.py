@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
 Execution = Literal["factored", "pivoted", "dense", "fused"]
@@ -28,8 +30,10 @@ class _Source(NamedTuple):
 
     child: str
     owner: nn.Module
+    place: Any
     key: str
     tensor: Tensor
+    versioned: bool
 
 
 class Derived:
@@ -45,7 +49,7 @@ class Derived:
         self.execution, self.module = execution, module
         self._modules = layer._modules
         self._sources = tuple(
-            _Source(child, owner, key, tensor)
+            _Source(child, owner, place, key, tensor, not tensor.is_inference())
             for child, owner in layer._modules.items()
             if owner is not None
             for place in (owner._parameters, owner._buffers)
@@ -56,15 +60,11 @@ class Derived:
 
     def _present(self) -> object:
         """Return something that is another once a factor was written to or put elsewhere."""
-        return [
-            (source.tensor.data_ptr(), 0 if source.tensor.is_inference() else source.tensor._version)
-            for source in self._sources
-        ]
+        return [(source.tensor.data_ptr(), source.versioned and source.tensor._version) for source in self._sources]
 
     def is_fresh(self) -> bool:
         """Say whether the factors are those that this was made of."""
-        for child, owner, key, tensor in self._sources:
-            place = owner._parameters if key in owner._parameters else owner._buffers
+        for child, owner, place, key, tensor, _ in self._sources:  # at each call of the layer: in few steps
             if self._modules.get(child) is not owner or place.get(key) is not tensor:
                 return False
             if owner._forward_hooks or owner._forward_pre_hooks:  # they would not be called
@@ -74,6 +74,12 @@ class Derived:
     def wants_gradients(self) -> bool:
         """Say whether a gradient of the factors may be asked for."""
         return torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources)
+
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        """What to call instead of the layer's own way. It has no hooks, so the module itself need not be called."""
+        forward: Callable[..., Tensor] = self.module.forward
+        return forward
 
     def renew_(self, *, fresh: bool) -> None:
         """Take note of where the factors are now, unless this did not belong to them any more."""
@@ -101,10 +107,10 @@ def use_(layer: nn.Module, derived: Derived | None) -> None:
         layer.__dict__[_PLACE] = derived
 
 
-def active(layer: nn.Module) -> nn.Module | None:
-    """Return the module to run instead of the factors, if there is one and it would give what they give."""
+def active(layer: nn.Module) -> Callable[..., Tensor] | None:
+    """Return what to run instead of the factors, if there is one and it would give what they give."""
     derived: Derived | None = layer.__dict__.get(_PLACE)
     if derived is None or layer.training or derived.wants_gradients():
         return None
     # A compiled graph holds the tensors that it was made with.
-    return derived.module if torch.compiler.is_compiling() or derived.is_fresh() else None
+    return derived.run if torch.compiler.is_compiling() or derived.is_fresh() else None
