@@ -153,3 +153,14 @@ def test_a_zero_matrix_has_any_basis(monkeypatch):
     up, down = truncated_factors(torch.zeros(1, 20, 30), 1)
     assert not up.any()
     assert not down.any()
+
+
+@pytest.mark.parametrize(("kind", "tried"), [("normal", True), ("root", True), ("steep", False), ("low rank", False)])
+def test_no_time_is_spent_on_float32_where_it_would_not_do(kind, tried, monkeypatch):
+    matrix, solved = matrix_with(kind, 260, 300, seed=1).float().unsqueeze(0), []
+    for name in ("eigen", "eigenvalues"):
+        solve = getattr(_linalg, name)
+        monkeypatch.setattr(_linalg, name, lambda gram, solve=solve: solved.append(gram.dtype) or solve(gram))
+    decompose(matrix)
+    singular_values(matrix)
+    assert solved == 2 * [torch.float32 if tried else torch.float64]
