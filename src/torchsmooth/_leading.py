@@ -46,15 +46,15 @@ def leading_basis(matrices: Tensor, rank: int) -> Tensor:
     """
     with torch.autocast(matrices.device.type, enabled=False):
         found = _tried(widened(matrices), rank) if is_few(matrices, rank) else None
-    return whole_basis(matrices, rank)[1] if found is None else found
+    return whole_basis(matrices, rank) if found is None else found
 
 
-def whole_basis(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Decompose matrices, and return all singular values and the first columns of the basis, good for that rank."""
+def whole_basis(matrices: Tensor, rank: int) -> Tensor:
+    """Decompose matrices, and return the first columns of the basis, good for that rank."""
     values, basis = decompose(matrices)
     if not is_good_for(values, basis, rank):
-        values, basis = decompose(matrices, exact=True)
-    return values, basis[..., :rank]
+        basis = decompose(matrices, exact=True)[1]
+    return basis[..., :rank]
 
 
 def truncated_factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:

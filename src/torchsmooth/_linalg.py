@@ -221,8 +221,17 @@ def is_good_for(values: Tensor, basis: Tensor, rank: int) -> bool:
     return bool((large_enough & left_out).all())
 
 
-def _try_single(matrices: Tensor) -> bool:
-    return min(matrices.shape[-2:]) >= LARGE and matrices.dtype != torch.float64 and _float32_is_whole()
+def _promising_gram(wide: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what :func:`_single_gram` does; None where float32 saves no time, is not whole, or will not do."""
+    if min(wide.shape[-2:]) < LARGE or not _float32_is_whole():
+        return None
+    gram, power = _single_gram(wide)
+    return (gram, power) if _is_promising(gram) else None
+
+
+def _roots(squares: Tensor) -> Tensor:
+    """Return the singular values to eigenvalues, which are smallest first: largest first, in float64."""
+    return squares.flip(-1).clamp_min(0).double().sqrt()
 
 
 def decompose(matrices: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
@@ -241,14 +250,13 @@ def decompose(matrices: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]
     if matrices.dtype == torch.float64:
         basis, values, _ = torch.linalg.svd(wide, full_matrices=False)
         return values, basis
-    if not exact and _try_single(wide):
-        gram, power = _single_gram(wide)
-        if _is_promising(gram):
-            squares, vectors = eigen(gram)
-            if _no_steeper(squares, _SEEN):
-                return squares.flip(-1).clamp_min(0).double().sqrt() * power.squeeze(-1), vectors.flip(-1)
+    single = None if exact else _promising_gram(wide)
+    if single is not None:
+        squares, vectors = eigen(single[0])
+        if _no_steeper(squares, _SEEN):
+            return _roots(squares) * single[1].squeeze(-1), vectors.flip(-1)
     squares, vectors = eigen(_gram(wide))
-    return squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    return _roots(squares), vectors.flip(-1)
 
 
 def singular_values(matrices: Tensor, *, exact: bool = False) -> Tensor:
@@ -265,13 +273,12 @@ def singular_values(matrices: Tensor, *, exact: bool = False) -> Tensor:
         values: Tensor = torch.linalg.svdvals(matrices.detach())
         return values
     wide = widened(matrices)
-    if not exact and _try_single(wide):
-        gram, power = _single_gram(wide)
-        if _is_promising(gram):
-            squares = eigenvalues(gram)
-            if _no_steeper(squares, _SEEN):
-                return squares.flip(-1).clamp_min(0).double().sqrt() * power.squeeze(-1)
-    return eigenvalues(_gram(wide)).flip(-1).clamp_min(0).sqrt()
+    single = None if exact else _promising_gram(wide)
+    if single is not None:
+        squares = eigenvalues(single[0])
+        if _no_steeper(squares, _SEEN):
+            return _roots(squares) * single[1].squeeze(-1)
+    return _roots(eigenvalues(_gram(wide)))
 
 
 def relative_tail_energies(values: Tensor) -> Tensor:

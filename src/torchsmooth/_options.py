@@ -106,21 +106,21 @@ def alike(layers: Mapping[str, FoundLayer], kept: Collection[str], owners: Mappi
     Returns:
         For each name, the names of all layers of its call.
     """
-    calls: dict[object, list[str]] = {}
+    same: dict[object, list[str]] = {}
     for name, found in layers.items():
-        weight = weight_of(found.module)
-        key: tuple[object, ...] = (name,)
+        module, weight = found.module, weight_of(found.module)
+        key: object = name
         if weight.device.type in _TOGETHER:
-            groups = KINDS[type(found.module)].groups(found.module)
-            shape = tuple(weight.shape)
-            key = type(found.module), shape, groups, weight.dtype, weight.device, name in kept, owners.get(name)
-            most = max(1, _AT_ONCE // (8 * weight.numel()))
-            count = 0
-            while len(calls.get((*key, count), ())) >= most:
-                count += 1
-            key = (*key, count)
-        calls.setdefault(key, []).append(name)
-    return {name: names for names in calls.values() for name in names}
+            groups, shape = KINDS[type(module)].groups(module), tuple(weight.shape)
+            key = type(module), shape, groups, weight.dtype, weight.device, name in kept, owners.get(name)
+        same.setdefault(key, []).append(name)
+    calls: dict[str, list[str]] = {}
+    for names in same.values():
+        most = max(1, _AT_ONCE // (8 * weight_of(layers[names[0]].module).numel()))
+        for begin in range(0, len(names), most):
+            call = names[begin : begin + most]
+            calls |= dict.fromkeys(call, call)
+    return calls
 
 
 def decomposition_work(layouts: Iterable[Layout]) -> int:

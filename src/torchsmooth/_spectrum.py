@@ -39,7 +39,7 @@ class Anew:
 
     def factors(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return what :meth:`Spectrum.factors` does where the basis is kept, to the last bit."""
-        return factors_in(whole_basis(matrices, rank)[1], matrices)[:2]
+        return factors_in(whole_basis(matrices, rank), matrices)[:2]
 
 
 class Spectrum:

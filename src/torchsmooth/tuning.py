@@ -232,21 +232,23 @@ class _Tuner:
             if layer not in calls:
                 self.notes[name] = "never called"
                 continue
-            ways = self._ways(name, layer)
             args = calls[layer].args
             key = _alike(layer, args)
             if key not in known:
-                known[key] = _measure(layer, ways, args)
+                known[key] = _measure(layer, self._ways(name, layer, self.allowed), args)
             measured[name] = times = known[key]
             fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
+            # Of the others nothing is needed any more, and pivots take a while to find.
+            wanted = [one for one in self.allowed if one in (fastest, "dense", "fused")]
+            ways = self._ways(name, layer, wanted)
             chosen[layer], dense[layer] = ways[fastest], ways.get("dense")
         others = [_Setting(placed, one) for one in (chosen, dense) if any(one.values())]
         return [stored, *others], measured
 
-    def _ways(self, name: str, layer: LowRankLayer) -> dict[str, Derived | None]:
+    def _ways(self, name: str, layer: LowRankLayer, executions: Sequence[str]) -> dict[str, Derived | None]:
         """Derive what a layer could be run by, besides its factors as they are stored."""
         ways: dict[str, Derived | None] = {layer.form: None}
-        for execution in self.allowed:
+        for execution in executions:
             if execution == layer.form:
                 continue
             try:
