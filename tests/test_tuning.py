@@ -417,6 +417,18 @@ def test_quantised_factors_are_run_as_they_are():
     assert torch.equal(run(model, inputs), expected)
 
 
+def test_a_pruned_layer_beside_one_like_it_is_run_from_its_factors(monkeypatch):
+    for pruned, plain in ((0, 1), (1, 0)):
+        model = nn.Sequential(*(torchsmooth.LowRankLinear(8, 8, 3) for _ in range(2))).eval()
+        torch.nn.utils.prune.l1_unstructured(model[pruned].down, "weight", amount=0.5)
+        expected = run(model, inputs := randn(3, 8, seed=1, dtype=torch.float32))
+        monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 9 - ("dense" in s[0])))
+        report = torchsmooth.tune_(model, inputs)
+        assert (model[pruned].execution, model[plain].execution) == ("factored", "dense")
+        assert "as stored: a LowRankLinear cannot be merged" in report.layers[pruned].note
+        assert close(run(model, inputs), expected, 1e-5)
+
+
 def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     for error in (RuntimeError, KeyboardInterrupt):
         model, inputs = compressed_resnet()

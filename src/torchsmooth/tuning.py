@@ -288,7 +288,8 @@ class _Tuner:
 def _alike(layer: LowRankLayer, args: tuple[Any, ...]) -> object:
     """Return a key that layers share which take equally long."""
     given = tuple((tuple(one.shape), one.stride(), one.dtype) for one in args if isinstance(one, Tensor))
-    factors = [(one.dtype, one.stride(), one.device) for one in layer.parameters()]
+    # With their names and types: pruned and quantised ones look like others, and cannot be run like them.
+    factors = [(name, type(one), one.dtype, one.stride(), one.device) for name, one in layer.named_parameters()]
     return type(layer), repr(layer), str(factors), given
 
 
