@@ -217,7 +217,8 @@ def notes_of(arguments: argparse.Namespace, absent: Sequence[str]) -> Iterator[s
         f"Cells: the median of {arguments.runs} alternating runs (quartiles), samples per second; **the speed-up over "
         "the faster of the two dense models**, contiguous and channels_last, of the ratio of multiply-adds (counted by "
         "torch.utils.flop_counter), which is the limit, and the share of the limit that was reached. A tuned model "
-        "is held to the limit of the same model before it was tuned."
+        "is held to the limit of the same model before it was tuned. Target latency: planned and run with the channels "
+        "of images last."
     )
     yield f"{ABOUT_WEIGHTS} A sample of the Llama-like block is 128 tokens."
     if arguments.device.startswith("cuda"):

@@ -186,6 +186,22 @@ def test_candidates_are_of_the_ratio_and_of_the_same_ranks():
     assert after == equal.parameters_after
 
 
+def test_times_are_planned_with_the_channels_of_images_last(monkeypatch):
+    def planned(model, ratios, *, example_inputs, **_):
+        is_last = [
+            one.is_contiguous(memory_format=torch.channels_last) for one in (next(model.parameters()), example_inputs)
+        ]
+        return dict.fromkeys(ratios, f"planned in {is_last}")
+
+    monkeypatch.setattr(candidates, "reachable_plans", planned)
+    convolutions = timed_models.Entry(lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), (8, 6, 6))
+    subject = candidates.Subject(convolutions, "cpu", torch.float32, [0.5])
+    found = {one.name: one for one in subject.candidates(2, 0.5, ["macs", "latency"])}
+    assert found["target latency"].problem == "planned in [True, True]"
+    assert found["target macs"].problem == "planned in [False, False]"
+    assert subject.model[0].weight.is_contiguous()  # what was given is left as it was
+
+
 def test_a_ratio_that_cannot_be_reached_takes_only_the_larger_ones_with_it():
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     plans = candidates.reachable_plans(model, [0.99, 0.5, 0.95, 0.7])

@@ -148,6 +148,17 @@ def test_an_unreachable_ratio_names_the_largest(clock):
     assert plan.latency_after <= (1 - largest) * plan.latency_before
 
 
+def test_an_unreachable_ratio_of_convolutions_names_the_other_memory_format(clock):
+    clock(stored, elsewhere=1000)
+    with pytest.raises(ValueError, match=r"channels last: .*channels_last.* The largest ratio .* is 0\.\d+\.$"):
+        plan_compression(
+            nn.Sequential(nn.Conv2d(3, 16, 3)), 0.9999, target="latency", example_inputs=torch.zeros(1, 3, 8, 8)
+        )
+    with pytest.raises(ValueError, match="cannot be reached") as caught:
+        plan_compression(mlp(), 0.9, target="latency", example_inputs=INPUTS)
+    assert "channels" not in str(caught.value)
+
+
 def test_no_layer_gets_faster_by_growing(clock):
     clock(lambda module: 1000 if isinstance(module, (nn.Linear, nn.Conv2d)) else 1)
     plan = plan_compression(small_resnet(), 0.3, target="latency", example_inputs=IMAGES)

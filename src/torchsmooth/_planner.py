@@ -150,6 +150,11 @@ class Planner:
                 f"ratio {ratio} cannot be reached: with the fastest choice in every layer, {least / 1e6:.3g} of "
                 f"{total / 1e6:.3g} ms are left"
             )
+            if any(layer.type == "Conv2d" for layer in layers):
+                text += (
+                    ". Convolutions are often faster with the channels last: bring the model and the example inputs "
+                    "there by .to(memory_format=torch.channels_last), if they are not"
+                )
         return f"{text}. The largest ratio that can be reached is {most}."
 
     def _none_cheaper(self) -> str:
