@@ -12,7 +12,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/.ready
+# The demonstration needs little of what the tests need: only that, unless all of it is there already.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+demo: $(if $(wildcard $(VENV)/.ready),$(VENV)/.ready,$(VENV)/.demo)
 	$(BIN)/python examples/digits.py --output $(OUTPUT)
 
 test: $(VENV)/.ready
