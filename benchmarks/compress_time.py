@@ -3,9 +3,11 @@
 Every way compresses to 70 % fewer parameters, in alternating runs on fresh copies of the model. Beside the library
 stand: ``torch.linalg.svd`` of each weight flattened to ``(out, -1)``, which is what a plan in scheme ``channel``
 replaces; the same of each matrix that the default plan looks at, every scheme of every layer, and query, key and value
-apart; the products ``W @ W.T`` of each weight, the least that anything takes which reads the weights; and the libraries
-that decompose a model, at the ratio as each of them means it. They do not spend what the library spends on ranks for
-the whole model. Memory is the peak of a process of its own, over that of the model alone.
+apart; the eigenproblem of ``W @ W.T`` for each weight, the least that any way takes by which all singular values of one
+scheme are known (in float32 those of steep spectra are wrong); the products ``W @ W.T`` alone, the least that anything
+takes which reads the weights; and the libraries that decompose a model, at the ratio as each of them means it. They
+do not spend what the library spends on ranks for the whole model. Memory is the peak of a process of its own, over that
+of the model alone.
 
 The last table shows that nothing is lost by it: in scheme ``channel``, the relative error of each layer of the
 compressed model against that of a float64 SVD cut at the same rank.

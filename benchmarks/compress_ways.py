@@ -70,7 +70,18 @@ def svd_of_planned(model: nn.Module, _: float, __: float) -> None:
 def products(model: nn.Module, _: float, __: float) -> None:
     """Multiply each weight with its transpose, on its small side."""
     for weight in flattened(model):
-        torch.mm(weight, weight.T) if len(weight) <= weight.shape[1] else torch.mm(weight.T, weight)
+        _gram(weight)
+
+
+@torch.no_grad()
+def eigenproblems(model: nn.Module, _: float, __: float, dtype: torch.dtype) -> None:
+    """Solve the eigenproblem of each of those products: all singular values, and the vectors of the small side."""
+    for weight in flattened(model):
+        torch.linalg.eigh(_gram(weight.to(dtype)))
+
+
+def _gram(weight: Tensor) -> Tensor:
+    return torch.mm(weight, weight.T) if len(weight) <= weight.shape[1] else torch.mm(weight.T, weight)
 
 
 def flattened(model: nn.Module) -> list[Tensor]:
@@ -127,6 +138,8 @@ WAYS: dict[str, Way] = {
     "plan_compression": Way(plan_alone),
     "torch.linalg.svd, each layer": Way(svd_of_layers),
     "torch.linalg.svd, each matrix of the plan": Way(svd_of_planned),
+    "eigh(W @ W.T) in float64, each layer": Way(partial(eigenproblems, dtype=torch.float64)),
+    "eigh(W @ W.T) in float32, each layer": Way(partial(eigenproblems, dtype=torch.float32)),
     "W @ W.T, each layer": Way(products),
 }
 PEERS: dict[str, Way] = {
