@@ -23,7 +23,7 @@ from torchsmooth._running import as_inputs
 from torchsmooth._tucker import tucker_factors, tucker_product
 from torchsmooth._tucker_layout import TuckerLayout
 from torchsmooth._tucker_spectrum import TuckerSpectrum
-from torchsmooth._whitening import tucker_output_errors
+from torchsmooth._whitening import Output, tucker_output_errors
 
 FORMS = ("factored", "pivoted")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -350,7 +350,7 @@ def test_output_errors_are_those_of_the_best_that_follows_the_first_factor(seed)
     weight = randn(groups, outputs, inputs * 3, seed=seed)
     rows = randn(groups, 40, inputs * 3, seed=seed + 1)
     inner = rows.mT @ rows / 40
-    losses = tucker_output_errors(weight, inner, layout)
+    losses = tucker_output_errors(Output(weight, inner), layout)
     assert (losses.diff(dim=0) <= 0).all()
     assert (losses.diff(dim=1) <= 0).all()
     conv = nn.Conv2d(groups * inputs, groups * outputs, kernel, groups=groups, dtype=torch.float64)

@@ -13,6 +13,7 @@ from tests.reference import calibration as reference
 from tests.strategies import randn, seeds
 from torchsmooth._matricise import SCHEMES, distinct_schemes, matricise
 from torchsmooth._whitening import (
+    Output,
     column_moment,
     damped,
     features,
@@ -171,7 +172,7 @@ def test_no_other_second_factor_is_better(case, data):
 
 @given(cases(), st.data())
 def test_errors_of_all_ranks_fall_from_one_to_zero(case, data):
-    errors = output_errors(case.weight, case.inner, case.layout)
+    errors = output_errors(Output(case.weight, case.inner), case.layout)
     assert errors.shape == (case.layout.full_rank + 1,)
     assert errors.dtype == torch.float64
     assert bool((errors[1:] <= errors[:-1]).all())
@@ -182,7 +183,7 @@ def test_errors_of_all_ranks_fall_from_one_to_zero(case, data):
 @given(cases())
 def test_the_error_of_each_rank_is_that_of_its_factors(case):
     assume(case.energy > 0)
-    errors = output_errors(case.weight, case.inner, case.layout)
+    errors = output_errors(Output(case.weight, case.inner), case.layout)
     # A little weight on what never comes in is part of it.
     inner = damped(case.inner, 1e-9)
     whole = float((case.weight @ inner * case.weight).sum())
@@ -195,7 +196,7 @@ def test_the_error_of_each_rank_is_that_of_its_factors(case):
 @settings(max_examples=25)
 @given(cases(kinds=("plenty",)))
 def test_where_everything_comes_in_the_errors_agree_to_rounding(case):
-    errors = output_errors(case.weight, case.inner, case.layout)
+    errors = output_errors(Output(case.weight, case.inner), case.layout)
     for rank in range(1, case.layout.full_rank + 1):
         (_, fitted), _ = case.factors(rank)
         assert case.relative_error(fitted) == pytest.approx(float(errors[rank]), abs=1e-6)
@@ -314,7 +315,8 @@ def test_a_group_into_which_nothing_comes_does_not_disturb_the_others(scheme):
     alone.rows, alone.weight, alone.inner = case.rows[:1], case.weight[:1], case.inner[:1]
     case.rows[1], case.inner[1] = 0, 0
     assert torch.allclose(
-        output_errors(case.weight, case.inner, case.layout), output_errors(alone.weight, alone.inner, alone.layout)
+        output_errors(Output(case.weight, case.inner), case.layout),
+        output_errors(Output(alone.weight, alone.inner), alone.layout),
     )
     (_, fitted), _ = case.factors(2)
     (_, expected), _ = alone.factors(2)
@@ -328,7 +330,7 @@ def test_a_wide_layer_with_fewer_rows_than_columns(scheme, rows):
     layout = matricise((24, 32, 3, 3), scheme)
     inputs, weight = randn(1, rows, 288, seed=0).relu(), randn(1, 24, 288, seed=1)
     inner = inputs.mT @ inputs / rows
-    errors = output_errors(weight, inner, layout)
+    errors = output_errors(Output(weight, inner), layout)
     for rank in (1, layout.full_rank // 2, layout.full_rank - 1):
         fitted = second_factor(weight, inner, first_factor(weight, inner, layout, rank), layout)[1]
         missed = float(((weight - fitted) @ inner * (weight - fitted)).sum() / (weight @ inner * weight).sum())

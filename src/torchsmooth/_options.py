@@ -13,7 +13,7 @@ from ._moments import check_moments
 from ._spectrum import Spectrum
 from ._tucker_layout import TuckerLayout
 from ._tucker_spectrum import TuckerSpectrum
-from ._whitening import output_errors, tucker_output_errors
+from ._whitening import Output, output_errors, tucker_output_errors
 from .layer_plan import Option
 
 if TYPE_CHECKING:
@@ -172,10 +172,10 @@ def _decomposed(
     return known
 
 
-def _output_errors(layout: Layout, weight: Tensor, inner: Tensor) -> Tensor:
+def _output_errors(layout: Layout, output: Output) -> Tensor:
     if isinstance(layout, TuckerLayout):
-        return tucker_output_errors(weight, inner, layout)
-    return output_errors(weight, inner, cast("Matricisation", layout))
+        return tucker_output_errors(output, layout)
+    return output_errors(output, cast("Matricisation", layout))
 
 
 def output_losses(
@@ -195,9 +195,8 @@ def output_losses(
     """
     check_moments(name, inner)
     try:
-        losses = {
-            scheme: _output_errors(one.matricisation, working_copy(weight), inner) for scheme, one in options.items()
-        }
+        output = Output(working_copy(weight), inner)
+        losses = {scheme: _output_errors(one.matricisation, output) for scheme, one in options.items()}
     except LinAlgError as error:
         raise undecomposed(name, error) from error
     return {scheme: importance * one for scheme, one in losses.items()}

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _TINY = 1e-9
 # The same for inner products of features of unit length, which rounding alone can make dependent.
 _LEAST = 1e-12
+# Inner products are made in so many blocks of rows, which saves almost half of them, unless blocks get too small.
+_BLOCKS = 8
+_LEAST_BLOCK = 128
 
 
 def damped(inner: Tensor, share: float) -> Tensor:
@@ -140,14 +143,13 @@ def second_factor(weight: Tensor, inner: Tensor, down: Tensor, layout: Matricisa
     Returns:
         ``up`` as a factor ``(groups, rows, rank)``, and the approximation ``(groups, m, n)``.
     """
-    seen = features(down, layout)
     root = _triangle(inner)
-    directions, lengths = _directions(seen, root)
+    directions, lengths = _directions(down, root, layout)
     gram = directions @ directions.mT
     gram = gram + torch.diag_embed(torch.full_like(lengths, _LEAST))
     solution = torch.linalg.solve(gram, directions @ (weight @ root).mT).mT / lengths.unsqueeze(-2)
     up = solution.reshape(layout.groups, layout.out_channels, down.shape[1], -1).transpose(-1, -2)
-    return up.reshape(layout.groups, layout.rows, -1), solution @ seen
+    return up.reshape(layout.groups, layout.rows, -1), solution @ features(down, layout)
 
 
 def _triangle(inner: Tensor) -> Tensor:
@@ -157,62 +159,105 @@ def _triangle(inner: Tensor) -> Tensor:
     return triangle * ~empty[:, None, None]
 
 
-def _directions(seen: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+def _directions(down: Tensor, root: Tensor, layout: Matricisation) -> tuple[Tensor, Tensor]:
     """Return features by a root of the moment, of length one each, and their lengths before.
 
     Late features are small beside the first ones, and would be lost in their rounding. The inner products of these rows
     are a Gram matrix, positive up to rounding, whatever the moment was like.
     """
-    rows = seen @ root
+    rows = _features_by(down, root, layout)
     lengths = torch.linalg.vector_norm(rows, dim=-1)
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
     return rows / lengths.unsqueeze(-1), lengths
 
 
-def output_errors(weight: Tensor, inner: Tensor, layout: Matricisation) -> Tensor:
-    """Return the squared relative error at the output of every rank, the second factor refitted for each.
+def _features_by(down: Tensor, root: Tensor, layout: Matricisation) -> Tensor:
+    """Return ``features(down, layout) @ root`` without the zeros that most of the features are."""
+    if not layout.up_axes:
+        return down @ root
+    ups = [2 + axis for axis in layout.up_axes]
+    downs = [2 + axis for axis in layout.down_axes]
+    split = root.reshape(layout.groups, layout.in_channels, *layout.kernel, -1)
+    # Axes now: group, position in up's kernel, what down sums over, column of the root.
+    placed = split.permute(0, *ups, 1, *downs, split.dim() - 1).reshape(
+        layout.groups, -1, layout.columns, root.shape[-1]
+    )
+    return (down.unsqueeze(1) @ placed).transpose(1, 2).flatten(1, 2)
+
+
+def _lower_gram(rows: Tensor) -> Tensor:
+    """Return the inner products of rows, the lower triangle at least: all that a Cholesky factor is made of."""
+    count = rows.shape[1]
+    size = max(_LEAST_BLOCK, math.ceil(count / _BLOCKS))
+    gram = rows.new_zeros(len(rows), count, count)
+    for start in range(0, count, size):
+        stop = start + size
+        torch.matmul(rows[:, start:stop], rows[:, :stop].mT, out=gram[:, start:stop, :stop])
+    return gram
+
+
+class Output:
+    """What a weight puts out of what it sees: by this the ranks of every scheme are measured.
 
     A share of 1e-9 of the moment's mean diagonal is spread over all inputs, so that one that never came in counts, too.
 
     Args:
-        weight: ``(groups, m, n)``.
-        inner: ``(groups, n, n)``.
+        weight: ``(groups, m, n)`` as patches see it.
+        inner: the moment of the patches, ``(groups, n, n)``.
+    """
+
+    def __init__(self, weight: Tensor, inner: Tensor) -> None:
+        self.weight, self.inner = weight, inner
+        self._root = _triangle(inner)
+        self._wanted = weight @ self._root
+        self.energy = float(self._wanted.square().sum())
+        self._known: tuple[Matricisation, Tensor] | None = None
+
+    def explained(self, layout: Matricisation) -> Tensor:
+        """Return coordinates of what each row of ``down`` adds: their squares add up to the energy that is kept.
+
+        The features of the first r rows of ``down`` come first, so that one Cholesky factor holds the solutions for all
+        r.
+
+        Args:
+            layout: the scheme.
+
+        Returns:
+            ``(groups, full_rank, positions, m)``.
+        """
+        if self._known is None or self._known[0] != layout:  # Tucker asks for what another scheme has just asked for
+            self._known = layout, self._explained(layout)
+        return self._known[1]
+
+    def _explained(self, layout: Matricisation) -> Tensor:
+        down = first_factor(self.weight, self.inner, layout, layout.full_rank)
+        directions, _ = _directions(down, self._root, layout)
+        gram = _lower_gram(directions)
+        gram.diagonal(dim1=-2, dim2=-1).add_(_LEAST)
+        triangle = torch.linalg.cholesky(gram)
+        solved: Tensor = torch.linalg.solve_triangular(triangle, directions @ self._wanted.mT, upper=False)
+        return solved.reshape(len(solved), layout.full_rank, -1, solved.shape[-1])
+
+
+def output_errors(output: Output, layout: Matricisation) -> Tensor:
+    """Return the squared relative error at the output of every rank, the second factor refitted for each.
+
+    Args:
+        output: what the layer puts out.
         layout: the scheme.
 
     Returns:
         ``(full_rank + 1,)`` in float64 on the CPU: one, never increasing, zero; all zero if nothing comes out at all.
     """
-    whole, explained = _explained(weight, inner, layout)
-    if whole == 0:
+    if output.energy == 0:
         return torch.zeros(layout.full_rank + 1, dtype=torch.float64, device="cpu")
-    gained = explained.square().sum((0, 2, 3)).cumsum(0).cpu() / whole
+    gained = output.explained(layout).square().sum((0, 2, 3)).cumsum(0).cpu() / output.energy
     errors = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - gained).clamp_min(0)])
     errors[-1] = 0  # at full rank nothing is lost, whatever rounding says
     return errors.cummin(0).values
 
 
-def _explained(weight: Tensor, inner: Tensor, layout: Matricisation) -> tuple[float, Tensor]:
-    """Return the energy of the output, and coordinates of what each row of ``down`` adds: their squares add up.
-
-    The features of the first r rows of ``down`` come first, so that one Cholesky factor holds the solutions for all r.
-
-    Returns:
-        The energy, and ``(groups, full_rank, positions, m)``; empty if the energy is zero.
-    """
-    root = _triangle(inner)
-    wanted = weight @ root
-    whole = float(wanted.square().sum())
-    if whole == 0:
-        return whole, weight.new_zeros(0)
-    seen = features(first_factor(weight, inner, layout, layout.full_rank), layout)
-    directions, lengths = _directions(seen, root)
-    gram = directions @ directions.mT + torch.diag_embed(torch.full_like(lengths, _LEAST))
-    triangle = torch.linalg.cholesky(gram)
-    explained = torch.linalg.solve_triangular(triangle, directions @ wanted.mT, upper=False)
-    return whole, explained.unflatten(1, (layout.full_rank, -1))
-
-
-def tucker_output_errors(weight: Tensor, inner: Tensor, layout: TuckerLayout) -> Tensor:
+def tucker_output_errors(output: Output, layout: TuckerLayout) -> Tensor:
     """Return the squared relative error at the output of every pair of ranks, core and ``up`` refitted for each.
 
     With r_in rows of ``down``, the best that follows puts out what has the second moment G; at r_out the tail of the
@@ -220,8 +265,7 @@ def tucker_output_errors(weight: Tensor, inner: Tensor, layout: TuckerLayout) ->
     interpolated in between.
 
     Args:
-        weight: ``(groups, m, n)``.
-        inner: ``(groups, n, n)``.
+        output: what the layer puts out.
         layout: the shapes.
 
     Returns:
@@ -230,11 +274,13 @@ def tucker_output_errors(weight: Tensor, inner: Tensor, layout: TuckerLayout) ->
     """
     full_in, full_out = layout.full_rank
     errors = torch.ones(full_in + 1, full_out + 1, dtype=torch.float64, device="cpu")
-    plain = matricise((layout.groups * layout.out_channels, layout.in_channels, *layout.kernel), "input", layout.groups)
-    whole, explained = _explained(weight, inner, plain)
+    whole = output.energy
     if whole == 0:
         return torch.zeros_like(errors)
-    moment = torch.zeros_like(weight @ weight.mT)
+    plain = matricise((layout.groups * layout.out_channels, layout.in_channels, *layout.kernel), "input", layout.groups)
+    explained = output.explained(plain)
+    outputs = output.weight.shape[1]
+    moment = explained.new_zeros(layout.groups, outputs, outputs)
     done = 0
     for rank in sorted({*layout.inner_ranks(), full_in}):
         block = explained[:, done:rank].flatten(1, 2)

@@ -148,7 +148,8 @@ class Workpiece:
             # What takes longest is the root of a moment.
             work = {name: width_of(modules[name]) ** 3 for name, (_, moments) in seen.items() if moments.count}
             owners = self.request.team.divide(work)
-            for name, losses in self.request.team.share(owners, weigh).items():
+            shared = self.request.team.share(owners, weigh, "Weighing ranks", show=self.request.show)
+            for name, losses in shared.items():
                 options = layers[name].options
                 layers[name].options = {scheme: replace(one, losses=losses[scheme]) for scheme, one in options.items()}
 
