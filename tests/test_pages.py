@@ -130,13 +130,15 @@ def test_the_reference_has_every_public_name_once():
     assert set(torchsmooth.__all__) <= overview
 
 
-def test_the_navigation_has_every_page_and_the_page_of_measurements_every_table():
+def test_the_navigation_has_every_page_and_every_table_and_the_page_of_measurements_every_table():
     site = (ROOT / "zensical.toml").read_text(encoding="utf-8")
     pages = set(re.findall(r'"([\w-]+\.md)"', site))
     assert pages == {name.removeprefix("docs/") for name in TEXTS if name != "README.md"} | {"CHANGELOG.md"}
     linked = {path for path, _ in links_of(TEXTS["docs/measured.md"])}
     results = {f"../benchmarks/results/{path.name}" for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     assert results <= linked
+    in_the_site = set(re.findall(r'"(benchmarks/results/[\w-]+\.md)"', site))
+    assert results == {f"../{path}" for path in in_the_site}
 
 
 def test_every_picture_is_drawn_by_a_script():

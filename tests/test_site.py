@@ -56,6 +56,7 @@ def test_formulas_become_mathml(roles):
     assert 'display="block"' in shown
     assert shown.startswith("Before.\n\n<math")
     assert shown.endswith("</math>\n\nAfter.")
+    assert "<mtext>down</mtext>" in roles.translate(":math:`W_{down}`")  # not the product of four letters
 
 
 def test_doctests_become_blocks(roles):

@@ -14,12 +14,14 @@ from latex2mathml.converter import convert
 
 ROLE = re.compile(r":(?P<role>class|func|meth|mod|math):`(?P<text>[^`]+)`")
 DISPLAYED = re.compile(r"^(?P<indent> *)\.\. math:: (?P<formula>.+(?:\n(?P=indent) {4,}\S.*)*)", re.MULTILINE)
+INDEX = re.compile(r"_\{([a-z]{2,})\}")
 # From one prompt to the next empty line: what is typed, and what comes out.
 SESSION = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?P=indent).*\S.*)*", re.MULTILINE)
 
 
 def mathml(formula: str, display: str = "inline") -> str:
-    """Render a formula; line breaks of the docstring mean nothing."""
+    """Render a formula; line breaks of the docstring mean nothing, and an index that is a word is set as one."""
+    formula = INDEX.sub(r"_{\\text{\1}}", formula)
     return str(convert(" ".join(formula.split()), display=display))
 
 

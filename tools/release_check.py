@@ -32,7 +32,8 @@ LARGEST = 1 << 20  # bytes of a file in the sdist; pictures stay well below
 IN_WHEEL = re.compile(r"torchsmooth/(\w+\.py|py\.typed)|torchsmooth-[^/]+\.dist-info/[\w./]+")
 IN_SDIST = re.compile(
     r"(src/torchsmooth|tests|testbed|tools|examples|benchmarks)/([\w-]+/)*[\w-]+\.py|src/torchsmooth/py\.typed"
-    r"|docs/[\w-]+\.md|docs/images/[\w-]+\.(png|md)|benchmarks/results/[\w-]+\.(png|md)|(tests|testbed)/([\w-]+/)*[\w-]+\.txt"
+    r"|docs/[\w-]+\.md|docs/site\.css|docs/images/[\w-]+\.(png|md)|benchmarks/results/[\w-]+\.(png|md)"
+    r"|(tests|testbed)/([\w-]+/)*[\w-]+\.txt"
     r"|README\.md|CHANGELOG\.md|CONTRIBUTING\.md|LICENSE|Makefile|constraints\.txt|pyproject\.toml|zensical\.toml"
     r"|PKG-INFO|\.gitignore|\.ci/run"
 )
