@@ -26,6 +26,7 @@ from torchsmooth import (
     attach_,
     remove_penalties,
     smooth_,
+    svd_compress_,
 )
 from torchsmooth.penalties import Penalty
 
@@ -361,6 +362,26 @@ def test_weight_of_nan_is_named_at_the_step_and_nothing_moves(penalty, closure):
     handle.load_state_dict(state)
     take(model, optimizer, range(1, 3))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("penalty", [NuclearNorm(0.1), RankTail(0.5, 0.1)])
+def test_an_optimizer_made_before_compressing_is_told_of(penalty):
+    model, optimizer, _ = attached(penalty)
+    take(model, optimizer, range(1))
+    svd_compress_(model, 0.3)
+    optimizer.zero_grad()
+    with pytest.warns(
+        UserWarning, match=r"parameters of this Sequential are not in this SGD \(the first is '[\w.]+'\)"
+    ):
+        optimizer.step()
+    optimizer.step()  # once is enough
+
+
+def test_penalties_that_were_taken_off_are_nothing_to_warn_of():
+    model, optimizer, _ = attached()
+    take(model, optimizer, range(1))
+    remove_penalties(model)
+    take(model, optimizer, range(1, 2))
 
 
 @dataclass(frozen=True)

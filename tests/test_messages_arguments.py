@@ -216,6 +216,12 @@ ARGUMENTS = [
     Mistake(
         "a filter that returns nothing",
         lambda model: svd_compress_(model, 0.5, filter_fn=lambda module, name: None),
+        TypeError,
+        "filter_fn returned None for layer '0': return True to take a layer, False to leave it out.",
+    ),
+    Mistake(
+        "a filter that leaves all out",
+        lambda model: svd_compress_(model, 0.5, filter_fn=lambda module, name: False),
         ValueError,
         (
             "nothing to compress in this Sequential: filter_fn left out all 2 layers. "

@@ -188,9 +188,9 @@ FILES = [
         ("filter_fn must be a function of (name, shape), got function <lambda>, which takes (name)."),
     ),
     Mistake(
-        "a file filter that returns nothing",
+        "a file filter that leaves all out",
         lambda model, folder: compress_checkpoint(
-            dense(folder), folder / "out.pt", 0.3, filter_fn=lambda name, shape: None
+            dense(folder), folder / "out.pt", 0.3, filter_fn=lambda name, shape: False
         ),
         ValueError,
         (

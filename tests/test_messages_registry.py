@@ -102,7 +102,7 @@ REGISTERED = [
     ),
     Mistake(
         "a filter that keeps nothing",
-        lambda model: smooth_(model, NuclearNorm(), lambda module, name: None),
+        lambda model: smooth_(model, NuclearNorm(), lambda module, name: False),
         ValueError,
         (
             "Sequential has no Linear, Conv, ConvTranspose or Embedding layer that filter_fn keeps: "

@@ -244,7 +244,7 @@ def nan_model():
         (nan_model, {"ratio": 0.5}, ValueError, "weight of layer '2' holds 1 NaN or infinite values out of 512"),
         (
             mlp,
-            {"ratio": 0.5, "filter_fn": lambda module, name: None},
+            {"ratio": 0.5, "filter_fn": lambda module, name: False},
             ValueError,
             "filter_fn left out all 3 layers",
         ),

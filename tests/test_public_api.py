@@ -55,7 +55,7 @@ SIGNATURES = {
     "tune_": (
         "(model, example_inputs, *, executions=('factored', 'pivoted', 'dense'), memory_format='auto', progress=None)"
     ),
-    "TuningReport": "(layers, memory_format, seconds_before, seconds_after)",
+    "TuningReport": "(layers, memory_format, seconds_before, seconds_after, seconds_dense=None)",
     "attach_": "(optimizer, model, *, every=1, schedule=None)",
     "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
     "NuclearRatio": "(strength=0.01, scheme='channel', method='auto')",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, quoted, with_article
+from ._checks import FLOAT_DTYPES, is_wanted, quoted, with_article
 from ._computed import computing
 from ._layers import count_parameters, find_layers, weights_of
 from ._lowrank_layer import LowRankLayer
@@ -79,7 +79,9 @@ class FoundLayers:
         if filter_fn is None:
             return self
         kept = [
-            one if one.dense is None or filter_fn(one.name, one.shape) else replace(one, reason=FILTERED, dense=None)
+            one
+            if one.dense is None or is_wanted(filter_fn(one.name, one.shape), one.name)
+            else replace(one, reason=FILTERED, dense=None)
             for one in self.layers
         ]
         return FoundLayers(kept, self.parameters)

@@ -133,6 +133,19 @@ def check_filter(value: object, of: str = "(module, qualified_name)") -> None:
         check_function(value, "filter_fn", of, 2)
 
 
+def is_wanted(answer: object, name: str) -> bool:
+    """Read what a ``filter_fn`` returned for a layer; None is a return that was forgotten.
+
+    Raises:
+        TypeError: if it is None.
+    """
+    if answer is None:
+        raise TypeError(
+            f"filter_fn returned None for layer {name!r}: return True to take a layer, False to leave it out."
+        )
+    return bool(answer)
+
+
 def _other_arguments(function: Callable[..., Any], count: int) -> str | None:
     """List the arguments of a function that cannot be called with so many; None if it can, or does not tell."""
     try:

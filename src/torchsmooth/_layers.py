@@ -281,6 +281,8 @@ def _reason(name: str, module: nn.Module, sharing: Sharing, known: Known) -> str
     if _quantised(module):
         return f"{type(module).__name__} is quantised already (compress first, then quantise)"
     kind = KINDS.get(type(module))
+    if kind is None and module._modules:
+        return f"these belong to {type(module).__name__} itself, and to no layer in it"
     if kind is None:
         return f"{type(module).__name__} is not supported"
     return (

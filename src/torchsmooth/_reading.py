@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._checks import FLOAT_DTYPES, describe, is_quantised, kind_of_tensor
+from ._checks import FLOAT_DTYPES, describe, is_quantised, is_wanted, kind_of_tensor
 from ._registered import _CONVOLUTIONS, _TRANSPOSED, LAYERS, name_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def find_weights(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] |
             continue
         name = name_of(wrapped_name, "")
         if module not in kept:
-            kept[module] = filter_fn is None or bool(filter_fn(module, name))
+            kept[module] = filter_fn is None or is_wanted(filter_fn(module, name), name)
         if not kept[module]:
             continue
         # A weight that is computed when it is read is a new tensor each time: only parameters have an identity.

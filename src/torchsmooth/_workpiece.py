@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ._calibration import Calibration, grouped_weight, width_of
-from ._checks import check_choice, check_filter, check_values
+from ._checks import check_choice, check_filter, check_values, is_wanted
 from ._computed import computing
 from ._expansion import refuse_low_rank
 from ._layers import KINDS, FoundLayer, find_layers, rows_of, weight_of, weights_of
@@ -71,7 +71,7 @@ class Request(Terms):
 
     def refusal(self, module: nn.Module, name: str) -> str:
         """Say why a composite layer is not to be written in plain ones; empty if it is."""
-        if self.filter_fn is not None and not self.filter_fn(module, name):
+        if self.filter_fn is not None and not is_wanted(self.filter_fn(module, name), name):
             return FILTERED
         computed = computing(module)
         if computed and self.parametrized == "keep":
@@ -156,7 +156,7 @@ class Workpiece:
     def plan(self, ratio: float | None, max_error: float | None = None) -> CompressionPlan:
         """Make the plan for one ratio or one error bound, both checked."""
         request, kind = self.request, type(self.model).__name__
-        subject = Subject(kind, asked="" if request.calibration is None else ", calibrated")
+        subject = Subject(kind, asked="" if request.calibration is None else ", ranks calibrated")
         return Planner(subject, request, self.layers, self.parameters, self.cost).plan(ratio, max_error, request.team)
 
 
@@ -165,7 +165,8 @@ def _unless_filtered(
 ) -> FoundLayer:
     if found.reason or filter_fn is None or found.module in expansion.origins:  # those were asked for before
         return found
-    return found if filter_fn(found.module, found.name) else replace(found, reason=FILTERED)
+    wanted = is_wanted(filter_fn(found.module, found.name), found.name)
+    return found if wanted else replace(found, reason=FILTERED)
 
 
 def _layouts(found: FoundLayer, schemes: Sequence[str]) -> list[Layout]:

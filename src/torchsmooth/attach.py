@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,7 @@ from .adaptive import Adaptation, AdaptivePenalty
 from .penalties import added
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from torch.optim import Optimizer
 
@@ -133,14 +134,13 @@ class PenaltyHandle:
                 f"no penalty is registered in this {type(model).__name__}: call smooth_(model, penalty) or "
                 "register_penalty(module, tensor_name, penalty) first."
             )
-        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        sharded = sharded_for(self._inner)
-        if not any(id(sharded.get(id(one), one)) in stepped for use in uses for one in use.sources()):
+        if not self._stepped(one for use in uses for one in use.sources()):
             raise ValueError(
                 f"none of the tensors with penalties in this {type(model).__name__} is among the parameters of this "
                 f"{type(optimizer).__name__} (the first is {uses[0].name!r}): make the optimizer from the parameters "
                 "of the same model, after everything that replaces them (such as fully_shard or svd_compress_)."
             )
+        self._uses = 0
         self._begin()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
@@ -209,6 +209,27 @@ class PenaltyHandle:
     def __repr__(self) -> str:
         extra = "" if self.schedule is None else f", schedule={self.schedule}"
         return f"PenaltyHandle({type(self._optimizer).__name__}, every={self.every}{extra}, step={self.step})"
+
+    def _stepped(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return those of some tensors that the optimizer steps."""
+        stepped = {id(one) for group in self._optimizer.param_groups for one in group["params"]}
+        sharded = sharded_for(self._inner)
+        return [one for one in tensors if id(sharded.get(id(one), one)) in stepped]
+
+    def _warn_of_replaced_layers(self) -> None:
+        """Warn where penalties have gone with their layers, and the optimizer has not got what took their place."""
+        trained = {name: one for name, one in self._inner.named_parameters() if one.requires_grad}
+        stepped = {id(one) for one in self._stepped(trained.values())}
+        left = [name for name, one in trained.items() if id(one) not in stepped]
+        if left:
+            optimizer = type(self._optimizer).__name__
+            warnings.warn(
+                f"{len(left)} trainable parameters of this {type(self._inner).__name__} are not in this {optimizer} "
+                f"(the first is {left[0]!r}), and will not be trained by it. If svd_compress_ has replaced their "
+                "layers: make a new optimizer, and call smooth_ and attach_ again for penalties on the new layers.",
+                UserWarning,
+                stacklevel=5,  # who calls optimizer.step, which torch wraps
+            )
 
     def _before_step(
         self,
@@ -290,7 +311,11 @@ class PenaltyHandle:
 
     def _begin(self) -> None:
         """Start what adapts and is registered by now, and drop what is no longer."""
-        penalties = dict.fromkeys(penalty for _, penalty in uses_in(self._inner) if penalty.strength > 0.0)
+        registered = [penalty for _, penalty in uses_in(self._inner)]
+        fewer, self._uses = len(registered) < self._uses, len(registered)
+        if fewer:
+            self._warn_of_replaced_layers()
+        penalties = dict.fromkeys(penalty for penalty in registered if penalty.strength > 0.0)
         before = self._adaptations
         self._adaptations = {
             one: before[one] if one in before else one.begin(self._inner)

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, check_filter, check_initialised, check_module, describe, is_quantised, quoted
+from ._checks import (
+    FLOAT_DTYPES,
+    check_filter,
+    check_initialised,
+    check_module,
+    describe,
+    is_quantised,
+    is_wanted,
+    quoted,
+)
 from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of, unwrapped
 from .penalties import Penalty
 
@@ -206,7 +215,7 @@ def smooth_(
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, LAYERS) and (filter_fn is None or filter_fn(module, name))
+        if isinstance(module, LAYERS) and (filter_fn is None or is_wanted(filter_fn(module, name), name))
     ]
     if not found:
         left_out = " that filter_fn keeps" if filter_fn is not None else ""

@@ -66,6 +66,8 @@ class TuningReport:
         memory_format: ``"channels_last"`` if the weights of convolutions were brought there; ``"kept"`` otherwise.
         seconds_before: what the model took for the example inputs before.
         seconds_after: what it takes now, measured in turn with that.
+        seconds_dense: what it takes with all layers merged to dense weights, measured in turn with those; None where
+            that was not among ``executions``, or layers cannot be merged.
 
     Example:
         >>> import torch, torchsmooth
@@ -80,6 +82,7 @@ class TuningReport:
     memory_format: str
     seconds_before: float
     seconds_after: float
+    seconds_dense: float | None = None
 
     def __str__(self) -> str:
         header = ("layer", "type", "stored", "run", *(f"{one} ms" for one in self._tried()), "note")
@@ -94,7 +97,9 @@ class TuningReport:
         table = format_table(header, rows, right=range(4, len(header) - 1))
         before, after = format_milliseconds(self.seconds_before), format_milliseconds(self.seconds_after)
         share = format_share(self.seconds_after, self.seconds_before)
-        return f"{table}\n{before} → {after} ms ({share}), memory format {self.memory_format.replace('_', ' ')}"
+        dense = "" if self.seconds_dense is None else f", all layers dense {format_milliseconds(self.seconds_dense)} ms"
+        kept = self.memory_format.replace("_", " ")
+        return f"{table}\nas stored {before} → tuned {after} ms ({share}){dense}; memory format {kept}"
 
     def _tried(self) -> list[str]:
         return [one for one in EXECUTIONS if any(one in layer.seconds for layer in self.layers)]
@@ -176,6 +181,11 @@ class _Setting(NamedTuple):
     placed: list[Placed]
     derived: dict[LowRankLayer, Derived | None]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether each layer is merged to a dense weight."""
+        return all(one is not None and one.execution == "dense" for one in self.derived.values())
+
     def put_(self) -> None:
         put_(self.placed)
         for layer, derived in self.derived.items():
@@ -215,7 +225,8 @@ class _Tuner:
             best = min(range(len(settings)), key=lambda index: seconds[index] * (1 + _MARGIN * (index > 0)))
             settings[best].put_()
             undo.keep()
-        return self._report(settings[best], times[best], seconds[0], seconds[best])
+        dense = [one for setting, one in zip(settings, seconds, strict=True) if setting.is_dense]
+        return self._report(settings[best], times[best], seconds[0], seconds[best], min(dense, default=None))
 
     def _settings_in(self, placed: list[Placed]) -> tuple[list[_Setting], dict[str, dict[str, float]]]:
         """Return the ways to run the whole model in a memory format: as stored first; and what single layers took."""
@@ -270,7 +281,12 @@ class _Tuner:
             return [time / 1e9 for time in median_nanoseconds(runs, device_of(self.model), ready)]
 
     def _report(
-        self, setting: _Setting, times: Mapping[str, dict[str, float]], before: float, after: float
+        self,
+        setting: _Setting,
+        times: Mapping[str, dict[str, float]],
+        before: float,
+        after: float,
+        dense: float | None,
     ) -> TuningReport:
         layers = []
         for name, layer in self.layers.items():
@@ -282,7 +298,7 @@ class _Tuner:
                 )
             )
         changed = differ(as_they_are(self.model), self.given)
-        return TuningReport(tuple(layers), "channels_last" if changed else "kept", before, after)
+        return TuningReport(tuple(layers), "channels_last" if changed else "kept", before, after, dense)
 
 
 def _alike(layer: LowRankLayer, args: tuple[Any, ...]) -> object:
