@@ -314,6 +314,17 @@ def test_only_what_is_allowed_is_tried_and_the_last_word_counts(monkeypatch):
     assert "all layers dense" not in str(report)
 
 
+def test_what_is_derived_has_the_channels_last_even_at_a_rank_of_one(monkeypatch):
+    convolution = fill_(nn.Conv2d(8, 8, 3, padding=1), 0).to(memory_format=torch.channels_last)
+    tucker = torchsmooth.TuckerConv2d.from_conv2d(convolution, (1, 1))  # whose factors are in both formats at once
+    model = nn.Sequential(fill_(nn.Conv2d(4, 8, 3), 0), tucker).eval().to(memory_format=torch.channels_last)
+    inputs = torch.zeros(1, 4, 8, 8)
+    monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 1 if "dense" in s[0] else 9))
+    torchsmooth.tune_(model, inputs)
+    assert tucker.execution == "dense"
+    assert derived_of(tucker).module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_tuning_for_real_changes_no_result():
     model, inputs = compressed_resnet()
     model.train()

@@ -26,14 +26,18 @@ _PLACE = "_torchsmooth_derived"
 
 
 class _Source(NamedTuple):
-    """A tensor that a derived module was made of, and where it lies."""
+    """A tensor that a derived module was made of, where it lies, and what changes when it is written to."""
 
-    child: str
-    owner: nn.Module
     place: Any
     key: str
     tensor: Tensor
-    versioned: bool
+    address: int
+    version: int | None
+
+    @staticmethod
+    def of(place: Any, key: str, tensor: Tensor) -> _Source:
+        """Take note of a tensor as it is now."""
+        return _Source(place, key, tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
 
 
 class Derived:
@@ -48,32 +52,34 @@ class Derived:
     def __init__(self, execution: str, module: nn.Module, layer: nn.Module) -> None:
         self.execution, self.module = execution, module
         self._modules = layer._modules
-        self._sources = tuple(
-            _Source(child, owner, place, key, tensor, not tensor.is_inference())
-            for child, owner in layer._modules.items()
-            if owner is not None
+        self._owners = tuple((child, owner) for child, owner in layer._modules.items() if owner is not None)
+        # None once the factors are not those any more that this was made of.
+        self._sources: tuple[_Source, ...] | None = tuple(
+            _Source.of(place, key, tensor)
+            for _, owner in self._owners
             for place in (owner._parameters, owner._buffers)
             for key, tensor in place.items()
             if tensor is not None
         )
-        self._state: object = self._present()
-
-    def _present(self) -> object:
-        """Return something that is another once a factor was written to or put elsewhere."""
-        return [(source.tensor.data_ptr(), source.versioned and source.tensor._version) for source in self._sources]
 
     def is_fresh(self) -> bool:
         """Say whether the factors are those that this was made of."""
-        for child, owner, place, key, tensor, _ in self._sources:  # at each call of the layer: in few steps
-            if self._modules.get(child) is not owner or place.get(key) is not tensor:
+        if self._sources is None:
+            return False
+        # At each call of the layer, so without a step too many.
+        for child, owner in self._owners:
+            if self._modules.get(child) is not owner or owner._forward_hooks or owner._forward_pre_hooks:
+                return False  # put elsewhere; or hooks, which would not be called
+        for place, key, tensor, address, version in self._sources:
+            if place.get(key) is not tensor or tensor.data_ptr() != address:
                 return False
-            if owner._forward_hooks or owner._forward_pre_hooks:  # they would not be called
+            if version is not None and tensor._version != version:
                 return False
-        return self._state == self._present()
+        return True
 
     def wants_gradients(self) -> bool:
         """Say whether a gradient of the factors may be asked for."""
-        return torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources)
+        return torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources or ())
 
     @property
     def run(self) -> Callable[..., Tensor]:
@@ -83,14 +89,15 @@ class Derived:
 
     def renew_(self, *, fresh: bool) -> None:
         """Take note of where the factors are now, unless this did not belong to them any more."""
-        self._state = self._present() if fresh else None
+        known = self._sources if fresh else None
+        self._sources = known and tuple(_Source.of(one.place, one.key, one.tensor) for one in known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_state": self.is_fresh()}
+        return vars(self) | {"_sources": self._sources if self.is_fresh() else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.renew_(fresh=state["_state"])  # copies lie elsewhere
+        self.renew_(fresh=True)  # copies lie elsewhere
 
 
 def derived_of(layer: nn.Module) -> Derived | None:

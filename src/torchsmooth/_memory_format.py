@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ._lowrank_layer import memory_format_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -33,6 +35,13 @@ def as_they_are(model: nn.Module) -> list[Placed]:
 def channels_last(placed: Sequence[Placed]) -> list[Placed]:
     """Return the same weights in channels_last; those that are so already as they are."""
     return [Placed(one, values.contiguous(memory_format=torch.channels_last)) for one, values in placed]
+
+
+def format_of(placed: Sequence[Placed]) -> torch.memory_format:
+    """Return channels_last if some of the weights are so and in no other format; otherwise what preserves theirs."""
+    if any(memory_format_of(one.values) == torch.channels_last for one in placed):
+        return torch.channels_last
+    return torch.preserve_format
 
 
 def differ(placed: Sequence[Placed], others: Sequence[Placed]) -> bool:
