@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from compress_ways import PEERS, WAYS, Way, largest_difference, planned_matrices
 from harness import make_parser, once, publish_tables, read_arguments
-from timed_models import ABOUT_WEIGHTS, LARGE, MODELS
+from timed_models import ABOUT_WEIGHTS, LARGE, MODELS, import_torchvision
 from torch import nn
 from tqdm import tqdm
 
@@ -87,6 +87,8 @@ def timed(model: nn.Module, ways: dict[str, Way], arguments: argparse.Namespace)
 def peak_memory(path: Path, way: str, limit: float, device: str, threads: int) -> float:
     """Return the MiB that one way takes over the model: on a GPU what was allocated, else the resident size."""
     torch.set_num_threads(threads)
+    with suppress(ImportError):
+        import_torchvision()  # the model that is read may be one of its
     run = (WAYS | PEERS)[way].run
     tiny = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(64, 64, 3))
     run(tiny.to(device), RATIO, limit)  # what is loaded at the first call does not count
@@ -111,11 +113,14 @@ def resident(which: str) -> float:
     return int(size) / 2**10
 
 
-def apart(path: Path, way: str, arguments: argparse.Namespace) -> float:
-    """Measure memory in a process of its own, whose peak nothing else has raised."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool, suppress(RuntimeError):  # out of memory or of time
-        return pool.apply(peak_memory, (path, way, arguments.limit, arguments.device, torch.get_num_threads()))
-    return math.nan
+def apart(path: Path, way: str, arguments: argparse.Namespace) -> tuple[float, str]:
+    """Measure memory in a process of its own, whose peak nothing else has raised; or say why it was not."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        given = (path, way, arguments.limit, arguments.device, torch.get_num_threads())
+        try:
+            return pool.apply(peak_memory, given), ""
+        except RuntimeError as error:  # out of memory or of time
+            return math.nan, f"memory: {error}".splitlines()[0][:120]
 
 
 def row(name: str, one: Measured, found: dict[str, Measured]) -> list[str]:
@@ -168,7 +173,8 @@ def main() -> None:
             for way in () if arguments.without_memory else ways:
                 bar.set_description(f"{name}, memory of {way}")
                 if not math.isnan(found[way].seconds):
-                    found[way].memory = apart(path, way, arguments)
+                    found[way].memory, problem = apart(path, way, arguments)
+                    found[way].note = found[way].note or problem
                 bar.update()
             header = ["way", "time", f"faster than {BASE}, by", f"as long as {LIMIT}, times", "memory"]
             rows = [row(way, one, found) for way, one in found.items()]

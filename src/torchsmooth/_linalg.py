@@ -35,6 +35,10 @@ _MODEST = 24
 # Entries of a weight that are in float64 at a time, where a loop over pieces will do.
 _PIECE = 1 << 20
 
+# Inner products are made in so many blocks of rows, unless those get too thin.
+_BLOCKS = 8
+_LEAST_BLOCK = 128
+
 # From this small side on, float32 is tried first: below it there is little time to be saved.
 LARGE = 256
 # How much larger than the one three quarters down the spectrum the largest squared singular value may be, so that
@@ -82,14 +86,26 @@ def squared_norms(matrices: Tensor, scale: Tensor | None = None) -> Tensor:
     return found / scale / scale if inside else found
 
 
+def inner_products(rows: Tensor) -> Tensor:
+    """Return M Mᵀ of matrices ``(..., k, n)``, of which the lower triangle is computed and the upper one copied."""
+    count = rows.shape[-2]
+    size = max(_LEAST_BLOCK, math.ceil(count / _BLOCKS))
+    products = rows.new_empty(*rows.shape[:-1], count)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        block = rows[..., start:stop, :] @ rows[..., :stop, :].mT
+        products[..., start:stop, :stop] = block
+        products[..., :start, start:stop] = block[..., :start].mT
+    return products
+
+
 def _gram(wide: Tensor) -> Tensor:
     """Return M Mᵀ in float64."""
     batch = wide.reshape(-1, *wide.shape[-2:])
     parts = pieces(batch)
-    first = next(parts)
-    gram = first @ first.mT
+    gram = inner_products(next(parts))
     for piece in parts:
-        gram.baddbmm_(piece, piece.mT)
+        gram += inner_products(piece)
     return gram.reshape(*wide.shape[:-1], wide.shape[-2])
 
 
@@ -173,7 +189,7 @@ def _single_gram(wide: Tensor) -> tuple[Tensor, Tensor]:
     """Return M Mᵀ in float32, of matrices divided by powers of two first, and these powers."""
     scaled, power = single_scaled(wide)
     with torch.autocast(scaled.device.type, enabled=False):
-        return scaled @ scaled.mT, power
+        return inner_products(scaled), power
 
 
 def _float32_is_whole() -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._linalg import eigen, eigenvalues
+from ._linalg import eigen, eigenvalues, inner_products
 from ._matricise import matricise
 from ._tucker import monotone, signed
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 _TINY = 1e-9
 # The same for inner products of features of unit length, which rounding alone can make dependent.
 _LEAST = 1e-12
-# Inner products are made in so many blocks of rows, which saves almost half of them, unless blocks get too small.
-_BLOCKS = 8
-_LEAST_BLOCK = 128
 
 
 def damped(inner: Tensor, share: float) -> Tensor:
@@ -145,7 +142,7 @@ def second_factor(weight: Tensor, inner: Tensor, down: Tensor, layout: Matricisa
     """
     root = _triangle(inner)
     directions, lengths = _directions(down, root, layout)
-    gram = directions @ directions.mT
+    gram = inner_products(directions)
     gram = gram + torch.diag_embed(torch.full_like(lengths, _LEAST))
     solution = torch.linalg.solve(gram, directions @ (weight @ root).mT).mT / lengths.unsqueeze(-2)
     up = solution.reshape(layout.groups, layout.out_channels, down.shape[1], -1).transpose(-1, -2)
@@ -185,17 +182,6 @@ def _features_by(down: Tensor, root: Tensor, layout: Matricisation) -> Tensor:
     return (down.unsqueeze(1) @ placed).transpose(1, 2).flatten(1, 2)
 
 
-def _lower_gram(rows: Tensor) -> Tensor:
-    """Return the inner products of rows, the lower triangle at least: all that a Cholesky factor is made of."""
-    count = rows.shape[1]
-    size = max(_LEAST_BLOCK, math.ceil(count / _BLOCKS))
-    gram = rows.new_zeros(len(rows), count, count)
-    for start in range(0, count, size):
-        stop = start + size
-        torch.matmul(rows[:, start:stop], rows[:, :stop].mT, out=gram[:, start:stop, :stop])
-    return gram
-
-
 class Output:
     """What a weight puts out of what it sees: by this the ranks of every scheme are measured.
 
@@ -232,7 +218,7 @@ class Output:
     def _explained(self, layout: Matricisation) -> Tensor:
         down = first_factor(self.weight, self.inner, layout, layout.full_rank)
         directions, _ = _directions(down, self._root, layout)
-        gram = _lower_gram(directions)
+        gram = inner_products(directions)
         gram.diagonal(dim1=-2, dim2=-1).add_(_LEAST)
         triangle = torch.linalg.cholesky(gram)
         solved: Tensor = torch.linalg.solve_triangular(triangle, directions @ self._wanted.mT, upper=False)
