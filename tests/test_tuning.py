@@ -485,7 +485,7 @@ def test_what_was_derived_does_not_outlive_the_layer(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("execution", ["dense", "pivoted"])
-def test_traces_exports_and_compiled_graphs_hold_what_is_run(execution):
+def test_traces_and_compiled_graphs_hold_what_is_run_and_exports_the_factors(execution):
     model = nn.Sequential(
         torchsmooth.LowRankConv2d.from_conv2d(fill_(nn.Conv2d(6, 8, 3), 0), 4),
         nn.Flatten(),
@@ -497,10 +497,21 @@ def test_traces_exports_and_compiled_graphs_hold_what_is_run(execution):
         use_(layer, derive(layer, execution))
     with torch.no_grad():
         assert close(torch.jit.trace(model, inputs)(inputs), expected, 1e-5)
-        exported = torch.export.export(model, (inputs,))
-        assert close(exported.module()(inputs), expected, 1e-5)
-        kernels = [node for node in exported.graph.nodes if "conv2d" in str(node.target)]
-        assert len(kernels) == (1 if execution == "dense" else 2)
+        for strict in (False, True):
+            exported = torch.export.export(model, (inputs,), strict=strict)
+            assert close(exported.module()(inputs), expected, 1e-5)
+            assert exported.state_dict.keys() == model.state_dict().keys()
+            assert len([node for node in exported.graph.nodes if "conv2d" in str(node.target)]) == 2
+        assert close(torch.compile(model, fullgraph=True, backend="eager")(inputs), expected, 1e-5)
+
+
+def test_what_is_compiled_after_a_factor_was_changed_is_what_is_run():
+    model, inputs = compressed_resnet()
+    for layer in low_rank_layers(model):
+        use_(layer, derive(layer, "dense"))
+    with torch.no_grad():
+        low_rank_layers(model)[0].up.weight.mul_(2)
+        expected = model(inputs)
         assert close(torch.compile(model, fullgraph=True, backend="eager")(inputs), expected, 1e-5)
 
 

@@ -21,6 +21,9 @@ Execution = Literal["factored", "pivoted", "dense", "fused"]
 
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 
+# What is exported holds the parameters of the model and nothing beside them.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 # Text, and private to this library, so that a replacement of the layer does not take it over.
 _PLACE = "_torchsmooth_derived"
 
@@ -77,6 +80,9 @@ class Derived:
                 return False
         return True
 
+    # Not traced by torch.compile, but asked once: a compiled graph holds the tensors that it was made with.
+    is_fresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def wants_gradients(self) -> bool:
         """Say whether a gradient of the factors may be asked for."""
         return torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources or ())
@@ -117,7 +123,6 @@ def use_(layer: nn.Module, derived: Derived | None) -> None:
 def active(layer: nn.Module) -> Callable[..., Tensor] | None:
     """Return what to run instead of the factors, if there is one and it would give what they give."""
     derived: Derived | None = layer.__dict__.get(_PLACE)
-    if derived is None or layer.training or derived.wants_gradients():
+    if derived is None or layer.training or derived.wants_gradients() or _is_exporting():
         return None
-    # A compiled graph holds the tensors that it was made with.
-    return derived.run if torch.compiler.is_compiling() or derived.is_fresh() else None
+    return derived.run if derived.is_fresh() else None
