@@ -38,7 +38,9 @@ def lay_out() -> None:
     for name in BESIDE:
         text = (ROOT / name).read_text(encoding="utf-8")
         (PAGES / name).write_text(from_the_root(text), encoding="utf-8")
-    shutil.copytree(ROOT / "benchmarks" / "results", PAGES / "benchmarks" / "results")
+    # A verdict is a part of a page already.
+    parts = shutil.ignore_patterns("*-verdict.md")
+    shutil.copytree(ROOT / "benchmarks" / "results", PAGES / "benchmarks" / "results", ignore=parts)
     shutil.copytree(ROOT / "examples", PAGES / "examples", ignore=shutil.ignore_patterns("__pycache__"))
 
 
