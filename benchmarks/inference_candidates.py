@@ -116,15 +116,16 @@ class Subject:
         chosen = GROUPS[group]
         key = f"{group} {len(inputs)}" if chosen.is_timed else group
         if key not in self._plans:
-            model, given = self._as_timed(self.model, inputs) if chosen.is_timed else (self.model, self._sample)
+            model, given = self._as_run(group, inputs if chosen.is_timed else self._sample)
             options = {"example_inputs": given} if "target" in chosen.options else {}
             self._plans[key] = reachable_plans(model, self.ratios, progress=False, **options, **chosen.options)
         return self._plans[key]
 
-    def _as_timed(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
-        if not self.entry.takes_images:
-            return model, inputs
-        return copy.deepcopy(model).to(memory_format=_LAST), inputs.to(memory_format=_LAST)
+    def _as_run(self, group: str, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+        """Copy the dense model, and return it with inputs as a group runs them."""
+        if GROUPS[group].is_timed and self.entry.takes_images:
+            return _in_channels_last(self.model, inputs)
+        return copy.deepcopy(self.model), inputs
 
     def fewer(self, model: nn.Module) -> float:
         """Return how many times fewer multiply-adds than the dense model another one takes."""
@@ -138,17 +139,14 @@ class Subject:
         if images:
             yield _channels_last(Candidate(DENSE, self.model, inputs))
         for group in groups:
-            name, _, is_timed = GROUPS[group]
+            name = GROUPS[group].title
             plan = self.plans(group, inputs)[ratio]
             if isinstance(plan, str):
                 yield Candidate(name, problem=plan)
                 continue
-            small = copy.deepcopy(self.model)
+            small, given = self._as_run(group, inputs)
             plan.apply_(small, progress=False)
             limit = self.fewer(small)
-            given = inputs
-            if is_timed:
-                small, given = self._as_timed(small, inputs)
             one = partial(Candidate, inputs=given, fewer=limit)
             yield one(name, small)
             yield _made(one(f"{name}, tune_"), partial(tuned, small, given))
@@ -210,8 +208,11 @@ def _made(candidate: Candidate, make: Callable[[], nn.Module]) -> Candidate:
 
 def _channels_last(candidate: Candidate) -> Candidate:
     """Copy a candidate, with weights and images whose channels come last."""
-    model, inputs = copy.deepcopy(candidate.model), candidate.inputs
-    if model is None or inputs is None:
+    if candidate.model is None or candidate.inputs is None:
         raise ValueError(f"{candidate.name} has no model to copy.")
-    name = f"{candidate.name}, channels_last"
-    return Candidate(name, model.to(memory_format=_LAST), inputs.to(memory_format=_LAST), candidate.fewer)
+    model, inputs = _in_channels_last(candidate.model, candidate.inputs)
+    return Candidate(f"{candidate.name}, channels_last", model, inputs, candidate.fewer)
+
+
+def _in_channels_last(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    return copy.deepcopy(model).to(memory_format=_LAST), inputs.to(memory_format=_LAST)

@@ -325,6 +325,17 @@ def test_what_is_derived_has_the_channels_last_even_at_a_rank_of_one(monkeypatch
     assert derived_of(tucker).module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_convolution_over_three_axes_may_stand_beside_one_in_channels_last(monkeypatch):
+    planar, spatial = fill_(nn.Conv2d(8, 8, 3), 0), fill_(nn.Conv3d(8, 8, 3, padding=1), 1)
+    layers = [torchsmooth.LowRankConv2d.from_conv2d(planar, 4), torchsmooth.LowRankConv3d.from_conv3d(spatial, 4)]
+    model = nn.Sequential(layers[0], nn.Unflatten(1, (8, 1)), layers[1]).eval()
+    inputs = randn(2, 8, 6, 6, seed=2, dtype=torch.float32)
+    expected = run(model, inputs)
+    monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 1 if s[1] else 9))
+    assert torchsmooth.tune_(model, inputs).memory_format == "channels_last"
+    assert close(run(model, inputs), expected, 1e-5)
+
+
 def test_tuning_for_real_changes_no_result():
     model, inputs = compressed_resnet()
     model.train()

@@ -28,18 +28,15 @@ def is_tunable(module: nn.Module) -> bool:
     return isinstance(module, _TUNABLE) and not isinstance(module, LowRankEmbedding)
 
 
-def derive(
-    layer: LowRankLayer, execution: str, memory_format: torch.memory_format = torch.preserve_format
-) -> Derived | None:
+def derive(layer: LowRankLayer, execution: str) -> Derived | None:
     """Derive a module that computes what a layer computes, in another way.
 
     Args:
         layer: one that :func:`is_tunable`, not quantised; it is not changed.
         execution: one of ``EXECUTIONS``.
-        memory_format: of weights over two axes. At a rank of one, that of the factors does not tell.
 
     Returns:
-        The module, on the same device, in the same dtype; None where there is none, as at full rank
+        The module, on the same device, in the same dtype and memory format; None where there is none, as at full rank
         there is no pivoted form, or :func:`why_not_fused` has a reason.
 
     Raises:
@@ -50,11 +47,7 @@ def derive(
     with torch.no_grad():
         dense = layer.to_dense()
         module: Any = dense if execution == "dense" else _in_form(layer, dense, cast("Form", execution))
-    if module is None:
-        return None
-    if memory_format != torch.preserve_format:
-        module.to(memory_format=memory_format)
-    return Derived(execution, module.eval().requires_grad_(requires_grad=False), layer)
+    return None if module is None else Derived(execution, module.eval().requires_grad_(requires_grad=False), layer)
 
 
 def _in_form(layer: Any, dense: nn.Module, form: Form) -> LowRankLayer | None:

@@ -37,11 +37,9 @@ def channels_last(placed: Sequence[Placed]) -> list[Placed]:
     return [Placed(one, values.contiguous(memory_format=torch.channels_last)) for one, values in placed]
 
 
-def format_of(placed: Sequence[Placed]) -> torch.memory_format:
-    """Return channels_last if some of the weights are so and in no other format; otherwise what preserves theirs."""
-    if any(memory_format_of(one.values) == torch.channels_last for one in placed):
-        return torch.channels_last
-    return torch.preserve_format
+def are_channels_last(placed: Sequence[Placed]) -> bool:
+    """Say whether some of the weights are in channels_last, and in no other format."""
+    return any(memory_format_of(one.values) == torch.channels_last for one in placed)
 
 
 def differ(placed: Sequence[Placed], others: Sequence[Placed]) -> bool:

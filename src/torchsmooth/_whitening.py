@@ -143,7 +143,7 @@ def second_factor(weight: Tensor, inner: Tensor, down: Tensor, layout: Matricisa
     root = _triangle(inner)
     directions, lengths = _directions(down, root, layout)
     gram = inner_products(directions)
-    gram = gram + torch.diag_embed(torch.full_like(lengths, _LEAST))
+    gram.diagonal(dim1=-2, dim2=-1).add_(_LEAST)
     solution = torch.linalg.solve(gram, directions @ (weight @ root).mT).mT / lengths.unsqueeze(-2)
     up = solution.reshape(layout.groups, layout.out_channels, down.shape[1], -1).transpose(-1, -2)
     return up.reshape(layout.groups, layout.rows, -1), solution @ features(down, layout)
@@ -197,7 +197,7 @@ class Output:
         self._root = _triangle(inner)
         self._wanted = weight @ self._root
         self.energy = float(self._wanted.square().sum())
-        self._known: tuple[Matricisation, Tensor] | None = None
+        self._explained_by_channels: Tensor | None = None
 
     def explained(self, layout: Matricisation) -> Tensor:
         """Return coordinates of what each row of ``down`` adds: their squares add up to the energy that is kept.
@@ -211,9 +211,11 @@ class Output:
         Returns:
             ``(groups, full_rank, positions, m)``.
         """
-        if self._known is None or self._known[0] != layout:  # Tucker asks for what another scheme has just asked for
-            self._known = layout, self._explained(layout)
-        return self._known[1]
+        if layout.down_axes:
+            return self._explained(layout)
+        if self._explained_by_channels is None:  # kept, as both "input" and Tucker ask for it
+            self._explained_by_channels = self._explained(layout)
+        return self._explained_by_channels
 
     def _explained(self, layout: Matricisation) -> Tensor:
         down = first_factor(self.weight, self.inner, layout, layout.full_rank)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_module, describe, quoted
@@ -16,7 +15,7 @@ from ._execution import EXECUTIONS, Execution, derived_of, use_
 from ._fused_layers import why_not_fused
 from ._latency import device_of, observe_calls
 from ._lowrank_layer import LowRankLayer
-from ._memory_format import Placed, as_they_are, channels_last, differ, format_of, put_
+from ._memory_format import Placed, are_channels_last, as_they_are, channels_last, differ, put_
 from ._progress import progress as show_progress
 from ._running import as_inputs, observing
 from ._table import format_milliseconds, format_share, format_table
@@ -231,7 +230,7 @@ class _Tuner:
 
     def _settings_in(self, placed: list[Placed]) -> tuple[list[_Setting], dict[str, dict[str, float]]]:
         """Return the ways to run the whole model in a memory format: as stored first; and what single layers took."""
-        memory_format = format_of(placed)
+        last = are_channels_last(placed)
         stored = _Setting(placed, dict.fromkeys(self.layers.values()))
         stored.put_()
         with observing(self.model):
@@ -248,18 +247,18 @@ class _Tuner:
             args = calls[layer].args
             key = _alike(layer, args)
             if key not in known:
-                known[key] = _measure(layer, self._ways(name, layer, self.allowed, memory_format), args)
+                known[key] = _measure(layer, self._ways(name, layer, self.allowed, last=last), args)
             measured[name] = times = known[key]
             fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
             # Of the others nothing is needed any more, and pivots take a while to find.
             wanted = [one for one in self.allowed if one in (fastest, "dense", "fused")]
-            ways = self._ways(name, layer, wanted, memory_format)
+            ways = self._ways(name, layer, wanted, last=last)
             chosen[layer], dense[layer] = ways[fastest], ways.get("dense")
         others = [_Setting(placed, one) for one in (chosen, dense) if any(one.values())]
         return [stored, *others], measured
 
     def _ways(
-        self, name: str, layer: LowRankLayer, executions: Sequence[str], memory_format: torch.memory_format
+        self, name: str, layer: LowRankLayer, executions: Sequence[str], *, last: bool
     ) -> dict[str, Derived | None]:
         """Derive what a layer could be run by, besides its factors as they are stored."""
         ways: dict[str, Derived | None] = {layer.form: None}
@@ -267,11 +266,13 @@ class _Tuner:
             if execution == layer.form:
                 continue
             try:
-                derived = derive(layer, execution, memory_format)
+                derived = derive(layer, execution)
             except ValueError as error:
                 self.notes[name] = f"as stored: {error}"
                 break
             if derived is not None:
+                if last:  # at a rank of one the format of the factors does not tell
+                    put_(channels_last(as_they_are(derived.module)))
                 ways[execution] = derived
             elif execution == "fused":
                 self.notes[name] = f"not fused: {why_not_fused(layer)}"
