@@ -27,6 +27,7 @@ GROWTH = 1.1
 
 # Where B has entries larger than this, it has lost too many digits to go on with.
 _TRUSTED = 1e3
+_SMALL = 2048  # rows up to which MAGMA has nothing to say about its routines for small matrices
 _UPDATES = 64  # exchanges after which B is computed anew in any case
 
 
@@ -100,12 +101,15 @@ def _by_elimination(basis: Tensor) -> tuple[Tensor, Tensor]:
         ``(groups, rows)``, the pivots first, and B by substitution with the triangle of the pivots.
     """
     rank = basis.shape[-1]
-    eliminated = torch.linalg.lu_factor_ex(basis)
+    # A GPU is given to routines for small matrices, which print warnings over larger ones, and takes longer.
+    large = basis.device.type == "cuda" and basis.shape[-2] > _SMALL
+    eliminated = torch.linalg.lu_factor_ex(basis.cpu() if large else basis)
     order = [list(range(basis.shape[-2])) for _ in basis]
     for rows, swaps in zip(order, eliminated.pivots.tolist(), strict=True):
         for step, other in enumerate(swaps):
             rows[step], rows[other - 1] = rows[other - 1], rows[step]
-    triangle, others = eliminated.LU[:, :rank], eliminated.LU[:, rank:]
+    factors = eliminated.LU.to(basis.device)
+    triangle, others = factors[:, :rank], factors[:, rank:]
     free = torch.linalg.solve_triangular(triangle, others, upper=False, left=False, unitriangular=True)
     return torch.tensor(order, device=basis.device), free
 
