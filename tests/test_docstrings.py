@@ -27,7 +27,7 @@ NAMES = {name: getattr(torchsmooth, name) for name in torchsmooth.__all__ if nam
 NAMES |= {f"functional.{name}": getattr(functional, name) for name in functional.__all__}
 NAMES |= {f"fused.{name}": getattr(fused, name) for name in fused.__all__}
 FUNCTIONS = {name: one for name, one in NAMES.items() if inspect.isfunction(one)}
-RESULTS = {"CompressionPlan", "CompressionReport", "Spectrum", "TuningReport"}
+RESULTS = {"CompressionPlan", "CompressionReport", "FoldingReport", "Spectrum", "TuningReport"}
 MADE = {name: one for name, one in NAMES.items() if inspect.isclass(one) and name not in RESULTS}
 # Not public names of their own, but what users get from those, or derive from.
 OTHERS = {one.__name__: one for one in (PenaltyHandle, LayerPlan, Penalty, LayerReport, LayerSpectrum)}
@@ -42,6 +42,7 @@ WITHOUT_SOURCE = {
     "register_layer": "a table of types",
     "restore_dense_": "a product of two matrices",
     **dict.fromkeys((f"fused.{name}" for name in fused.__all__), "two products, and what may follow them"),
+    "FoldingReport": "a container",
     "TuningReport": "a container",
     "tune_": "measured times",
     "sweep": "plans of `plan_compression`, which names its own",

@@ -52,9 +52,9 @@ SIGNATURES = {
         "rank_multiple=None, filter_fn=None, calibration=None, parametrized='keep', "
         "progress=None)"
     ),
-    "tune_": (
-        "(model, example_inputs, *, executions=('factored', 'pivoted', 'dense'), memory_format='auto', progress=None)"
-    ),
+    "tune_": ("(model, example_inputs, *, executions=None, memory_format='auto', cuda_graphs=False, progress=None)"),
+    "FoldingReport": "(folded, left)",
+    "fold_batchnorm_": "(model, *, pairs=None)",
     "TuningReport": "(layers, memory_format, seconds_before, seconds_after, seconds_dense=None)",
     "attach_": "(optimizer, model, *, every=1, schedule=None)",
     "NuclearNorm": "(strength=0.001, scheme='channel', method='auto')",
@@ -318,7 +318,10 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_leading",
         "_execution",
         "_derive",
+        "_follows",
         "_fused_layers",
+        "_together",
+        "folding",
         "_memory_format",
         "tuning",
         "_spectrum",

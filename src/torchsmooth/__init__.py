@@ -17,6 +17,7 @@ from .batchnorm import recalibrate_batchnorm_
 from .checkpoint import load_compressed_
 from .checkpoint_files import compress_checkpoint
 from .compress import restore_dense_, svd_compress_
+from .folding import FoldingReport, fold_batchnorm_
 from .layer_types import register_layer
 from .loss import penalty_loss
 from .lowrank import LowRankLinear
@@ -47,6 +48,7 @@ __all__ = [
     "CompressionReport",
     "Constrained",
     "FirstDerivative",
+    "FoldingReport",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
@@ -72,6 +74,7 @@ __all__ = [
     "TuningReport",
     "attach_",
     "compress_checkpoint",
+    "fold_batchnorm_",
     "functional",
     "is_penalized",
     "load_compressed_",

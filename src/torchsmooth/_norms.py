@@ -20,7 +20,7 @@ from ._linalg import working_copy
 from ._ranks import ALONE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ._ranks import Team
 
@@ -64,6 +64,15 @@ def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
+
+
+def affine_of(norm: Any, cast: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what a norm in eval mode multiplies each channel by, and what it adds, as ``cast`` has its tensors."""
+    scale = (cast(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * cast(norm.weight)
+    shift = -cast(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + cast(norm.bias)
 
 
 class FollowingNorms:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import _fused_availability, _fused_operators
 from ._checks import check_choice, describe
+from ._norms import affine_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,6 +131,8 @@ def low_rank_conv2d(
 def fold_batchnorm(up: Tensor, bias: Tensor | None, batchnorm: nn.Module) -> tuple[Tensor, Tensor]:
     """Fold a BatchNorm in eval mode into the factor before it: neither operand is changed.
 
+    :func:`torchsmooth.fold_batchnorm_` does that to a whole model.
+
     Args:
         up: ``(out, rank, ...)``, of any floating dtype.
         bias: ``(out,)``, or ``None`` where there is none.
@@ -163,14 +166,9 @@ def fold_batchnorm(up: Tensor, bias: Tensor | None, batchnorm: nn.Module) -> tup
             f"the BatchNorm must have {up.shape[0]} features, as up has rows, got {batchnorm.num_features}."
         )
     exact = torch.promote_types(torch.promote_types(up.dtype, variance.dtype), torch.float32)
-    scale = (variance.to(exact) + batchnorm.eps).rsqrt()
-    if batchnorm.weight is not None:
-        scale = scale * batchnorm.weight.to(exact)
-    shift = -mean.to(exact) * scale
+    scale, shift = affine_of(batchnorm, lambda one: one.to(exact))
     if bias is not None:
         shift = shift + bias.to(exact) * scale
-    if batchnorm.bias is not None:
-        shift = shift + batchnorm.bias.to(exact)
     folded = up.to(exact) * scale.reshape(-1, *[1] * (up.dim() - 1))
     return folded.to(up.dtype), shift.to(up.dtype)
 
