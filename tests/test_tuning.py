@@ -20,6 +20,7 @@ from torchsmooth._derive import derive, is_tunable
 from torchsmooth._execution import EXECUTIONS, derived_of, use_
 from torchsmooth._layers import KINDS
 from torchsmooth._lowrank_layer import LowRankLayer
+from torchsmooth.tuning import default_executions
 
 
 def low_rank_layers(model):
@@ -58,7 +59,7 @@ def check_all_executions(layer, inputs):
     for execution in EXECUTIONS:
         derived = derive(layer, execution)
         if derived is None:
-            assert execution in ("pivoted", "fused")
+            assert execution in ("pivoted", "padded", "fused")
             continue
         before = snapshot(layer)
         use_(layer, derived)
@@ -90,6 +91,59 @@ def test_every_execution_of_other_convolutions_computes_the_same(axes, transpose
 def test_every_execution_of_a_linear_layer_computes_the_same(seed, inside, outside, bias, data):
     dense = fill_(nn.Linear(inside, outside, bias=bias, dtype=torch.float64), seed)
     check_all_executions(low_rank(dense, data), randn(3, 2, inside, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("dense", "rank", "scheme", "padded"),
+    [
+        (nn.Linear(40, 30), 13, "channel", 16),
+        (nn.Linear(40, 30), 16, "channel", None),
+        (nn.Linear(40, 14), 9, "channel", 14),  # no longer than the side
+        (nn.Linear(40, 14), 14, "channel", None),
+        (nn.Conv2d(20, 24, 3, groups=2), 5, "channel", 8),
+        (nn.Conv2d(20, 24, 3), 11, "spatial", 16),
+        (nn.Conv2d(20, 24, 3), (9, 8), "tucker", (16, 8)),
+        (nn.Conv2d(20, 24, 3), (8, 23), "tucker", (8, 24)),
+    ],
+)
+def test_a_padded_rank_is_a_multiple_of_eight_or_the_whole_side(dense, rank, scheme, padded):
+    layer = KINDS[type(dense)].like(fill_(dense.double(), 0), rank, scheme, "factored")
+    layer.truncate_(dense.weight)
+    derived = derive(layer, "padded")
+    assert (None if derived is None else derived.module.rank) == padded
+    if derived is not None:
+        assert close(derived.module.weight, layer.weight, 1e-13)
+        assert derived.module.form == "factored"
+
+
+def test_what_is_tried_by_default_depends_on_the_device():
+    assert default_executions(torch.device("cpu")) == ("factored", "pivoted", "dense")
+    assert default_executions(torch.device("cuda")) == ("factored", "pivoted", "padded", "dense")
+
+
+def test_cuda_graphs_need_a_cuda_device():
+    model, inputs = nn.Sequential(torchsmooth.LowRankLinear(8, 8, 2)), torch.zeros(1, 8)
+    with pytest.raises(ValueError, match=r"^cuda_graphs=True times CUDA graphs, and the model is on 'cpu': bring it"):
+        torchsmooth.tune_(model, inputs, cuda_graphs=True)
+    with pytest.raises(TypeError, match=r"^cuda_graphs must be True or False, got str 'yes'"):
+        torchsmooth.tune_(model, inputs, cuda_graphs="yes")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_cuda_graphs_are_timed_and_what_cannot_be_recorded_is_refused():
+    class Reads(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs) * float(inputs.sum())
+
+    layers = [torchsmooth.LowRankLinear.from_linear(nn.Linear(64, 64), 9), nn.ReLU()]
+    inputs = torch.ones(4, 64, device="cuda", dtype=torch.bfloat16)
+    model = nn.Sequential(*layers).to(inputs).eval()
+    expected = run(model, inputs)
+    report = torchsmooth.tune_(model, inputs, cuda_graphs=True, executions=["padded", "dense"])
+    assert set(report.layers[0].seconds) == {"factored", "padded", "dense"}
+    assert torch.allclose(run(model, inputs), expected, atol=0.05)
+    with pytest.raises(ValueError, match=r"^cuda_graphs=True .* cannot be recorded as one .*: leave cuda_graphs out"):
+        torchsmooth.tune_(Reads(*layers).to(inputs).eval(), inputs, cuda_graphs=True, executions=["padded"])
 
 
 def test_a_transposed_convolution_still_takes_a_size_of_the_output():
@@ -236,8 +290,8 @@ class FakeClock:
         self.whole = whole or (lambda _: 1000)
         self.compared = []
 
-    def __call__(self, calls, device, before=None):
-        assert device == torch.device("cpu")
+    def __call__(self, calls, device, before=None, *, cuda_graphs=False):
+        assert (device, cuda_graphs) == (torch.device("cpu"), False)
         if before is None:  # single layers
             for call in calls:
                 call()
@@ -463,8 +517,8 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
         strides = [one.stride() for one in model.parameters()]
         clock = FakeClock(dense_is_faster)
 
-        def failing(calls, device, before=None, clock=clock, error=error):
-            found = clock(calls, device, before)
+        def failing(calls, device, before=None, *, cuda_graphs, clock=clock, error=error):
+            found = clock(calls, device, before, cuda_graphs=cuda_graphs)
             if before is not None:
                 raise error
             return found
@@ -530,7 +584,8 @@ def test_bad_arguments_are_refused_before_anything_is_run():
     model, inputs = compressed_resnet()
     model.register_forward_pre_hook(lambda *_: pytest.fail("run"))
     with pytest.raises(
-        TypeError, match=r"^executions must be a sequence of names out of 'dense', 'factored', 'fused', 'pivoted'"
+        TypeError,
+        match=r"^executions must be a sequence of names out of 'dense', 'factored', 'fused', 'padded', 'pivoted'",
     ):
         torchsmooth.tune_(model, inputs, executions="dense")
     with pytest.raises(ValueError, match=r"^executions must be one of 'factored', .*; got str 'merged'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from ._execution import Derived
 from ._fused_layers import FusedExecution, why_not_fused
@@ -14,9 +15,11 @@ from .lowrank_embedding import LowRankEmbedding
 from .tucker import TuckerConv2d
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ._matricise import Form, LayerScheme
+
+PADDED = 8  # numbers of half precision in 16 bytes
 
 # Layers that are run by their own ``forward``, one input to one output. Embeddings look single rows up, for which no
 # other way is worth its memory.
@@ -36,8 +39,8 @@ def derive(layer: LowRankLayer, execution: str) -> Derived | None:
         execution: one of ``EXECUTIONS``.
 
     Returns:
-        The module, on the same device, in the same dtype and memory format; None where there is none, as at full rank
-        there is no pivoted form, or :func:`why_not_fused` has a reason.
+        The module, on the same device, in the same dtype and memory format; None where there is none: at full rank
+        there is no pivoted form, a rank may need no padding, or :func:`why_not_fused` has a reason.
 
     Raises:
         ValueError: if the factors are no plain parameters.
@@ -46,8 +49,45 @@ def derive(layer: LowRankLayer, execution: str) -> Derived | None:
         return None if why_not_fused(layer) else Derived(execution, FusedExecution(layer).eval(), layer)
     with torch.no_grad():
         dense = layer.to_dense()
-        module: Any = dense if execution == "dense" else _in_form(layer, dense, cast("Form", execution))
+        module: Any = dense
+        if execution == "padded":
+            module = _padded(layer, dense)
+        elif execution != "dense":
+            module = _in_form(layer, dense, cast("Form", execution))
     return None if module is None else Derived(execution, module.eval().requires_grad_(requires_grad=False), layer)
+
+
+def _padded(layer: Any, dense: nn.Module) -> LowRankLayer | None:
+    """Add terms of zero until the rank is a multiple of what the hardware computes at once.
+
+    In half precision a matrix whose rows do not begin at multiples of 16 bytes is many times slower on a GPU, whatever
+    its size.
+    """
+    rank = layer.rank
+    ranks = rank if isinstance(rank, tuple) else (rank,)
+    wanted = tuple(-(-one // PADDED) * PADDED for one in ranks)
+    scheme: LayerScheme = getattr(layer, "scheme", "channel")
+    most: Any = KINDS[type(dense)].layouts(dense)[scheme].largest_rank("factored")
+    limits = most if isinstance(most, tuple) else (most,)
+    # A side as long as the whole axis cannot be longer, and is as good as the channels are.
+    wanted = tuple(min(pair) for pair in zip(wanted, limits, strict=True))
+    if wanted == ranks:
+        return None
+    made: Any = KINDS[type(dense)].like(dense, wanted if isinstance(rank, tuple) else wanted[0], scheme, "factored")
+    factors: tuple[Tensor, ...] = layer.factors()
+    if isinstance(rank, tuple):
+        (more_in, more_out), (up, core, down) = (a - b for a, b in zip(wanted, ranks, strict=True)), factors
+        factors = (
+            F.pad(up, (0, more_out)),
+            F.pad(core, (0, 0, 0, more_in, 0, more_out)),
+            F.pad(down, (0, 0, 0, more_in)),
+        )
+    else:
+        more, (up, down) = wanted[0] - rank, factors
+        factors = F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))
+    made.set_factors_(*factors)
+    other: LowRankLayer = made
+    return other
 
 
 def _in_form(layer: Any, dense: nn.Module, form: Form) -> LowRankLayer | None:

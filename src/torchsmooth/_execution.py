@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-Execution = Literal["factored", "pivoted", "dense", "fused"]
+Execution = Literal["factored", "pivoted", "padded", "dense", "fused"]
 
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 
@@ -54,6 +54,7 @@ class Derived:
 
     def __init__(self, execution: str, module: nn.Module, layer: nn.Module) -> None:
         self.execution, self.module = execution, module
+        self.together: Any = None  # by :mod:`_together`
         self._modules = layer._modules
         self._owners = tuple((child, owner) for child, owner in layer._modules.items() if owner is not None)
         # None once the factors are not those any more that this was made of.
@@ -95,11 +96,12 @@ class Derived:
 
     def renew_(self, *, fresh: bool) -> None:
         """Take note of where the factors are now, unless this did not belong to them any more."""
+        self.together = None  # what is moved or copied does not lie side by side any more
         known = self._sources if fresh else None
         self._sources = known and tuple(_Source.of(one.place, one.key, one.tensor) for one in known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_sources": self._sources if self.is_fresh() else None}
+        return vars(self) | {"_sources": self._sources if self.is_fresh() else None, "together": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

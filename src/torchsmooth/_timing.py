@@ -39,10 +39,50 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> f
     return (time.perf_counter() - began) / repeats
 
 
+def recorded(
+    calls: Sequence[Callable[[], object]], device: torch.device, before: Sequence[Callable[[], object]]
+) -> list[Callable[[], object]]:
+    """Record what each call does on a GPU as a CUDA graph, and return what replays them, one at a time.
+
+    Args:
+        calls: what to record.
+        device: a CUDA device.
+        before: what to do before each of them, once.
+
+    Raises:
+        ValueError: if a call does what cannot be recorded, such as reading a value back from the GPU.
+    """
+    replays: list[Callable[[], object]] = []
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+        for prepare, call in zip(before, calls, strict=True):
+            prepare()
+            # What is done only once, such as choosing an algorithm, must not be recorded.
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool):
+                    call()
+            except RuntimeError as error:
+                raise ValueError(
+                    "cuda_graphs=True times CUDA graphs, and what the model does cannot be recorded as one "
+                    f"({str(error).splitlines()[0]}): leave cuda_graphs out."
+                ) from error
+            replays.append(graph.replay)
+    return replays
+
+
 def median_nanoseconds(
     calls: Sequence[Callable[[], object]],
     device: torch.device,
     before: Sequence[Callable[[], object]] | None = None,
+    *,
+    cuda_graphs: bool = False,
 ) -> list[int]:
     """Time several calls in turn, so that what slows the machine down for a while slows all of them.
 
@@ -50,11 +90,15 @@ def median_nanoseconds(
         calls: what to time.
         device: where they compute.
         before: what to do before each of them, outside of the measured time.
+        cuda_graphs: whether to record each call as a CUDA graph, once, and time its replays: without what it takes
+            the processor to launch it.
 
     Returns:
         The median of each, at least 1.
     """
     ready = before or [lambda: None] * len(calls)
+    if cuda_graphs:
+        calls, ready = recorded(calls, device, ready), [lambda: None] * len(calls)
     repeats = []
     for prepare, call in zip(ready, calls, strict=True):
         prepare()

@@ -26,6 +26,7 @@ from ._linear_parts import (
     why_not_expandable,
 )
 from ._source_layer import why_not_plain
+from ._together import run_together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -229,8 +230,10 @@ class LowRankMultiheadAttention(nn.Module):
             (query, key, value), key_padding_mask, attn_mask, (self.embed_dim, self.kdim, self.vdim),
             num_heads=self.num_heads, batch_first=self.batch_first, is_causal=is_causal,
         )  # fmt: skip
+        alike = query is key and key is value
+        projected: Any = run_together((self.q_proj, self.k_proj, self.v_proj), query) if alike else None
         heads, weights = attend(
-            (self.q_proj(query), self.k_proj(key), self.v_proj(value)),
+            (self.q_proj(query), self.k_proj(key), self.v_proj(value)) if projected is None else projected,
             (self.bias_k, self.bias_v),
             key_padding_mask,
             attn_mask,

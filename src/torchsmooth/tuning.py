@@ -20,10 +20,14 @@ from ._progress import progress as show_progress
 from ._running import as_inputs, observing
 from ._table import format_milliseconds, format_share, format_table
 from ._timing import median_nanoseconds
+from ._together import join_
 from ._undo import Undo
+from .attention import LowRankMultiheadAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    import torch
 
     from ._execution import Derived
     from ._running import Inputs
@@ -44,7 +48,7 @@ class TunedLayer:
         name: qualified name in the model, the first one if it has several.
         type: class name.
         form: how its factors are stored.
-        execution: how it is run from now on: ``"factored"``, ``"pivoted"``, ``"dense"`` or ``"fused"``.
+        execution: how it is run from now on: ``"factored"``, ``"pivoted"``, ``"padded"``, ``"dense"`` or ``"fused"``.
         seconds: for each way that was tried, what one call took, alone.
         note: what else there is to say.
     """
@@ -109,16 +113,18 @@ def tune_(
     model: nn.Module,
     example_inputs: Any,
     *,
-    executions: Sequence[Execution] = ("factored", "pivoted", "dense"),
+    executions: Sequence[Execution] | None = None,
     memory_format: MemoryFormat = "auto",
+    cuda_graphs: bool = False,
     progress: bool | None = None,
 ) -> TuningReport:
     """Choose for each low-rank layer the fastest way to run it on this device, for inputs like these; in place.
 
-    A layer can be run from its factors as they are stored, in the other form, or with the factors merged to a dense
-    weight. What that takes is derived from the factors and kept beside them, in memory only: parameters and state dict
-    stay as small as they were. The model is timed as a whole, too, with all layers as chosen, all as stored and all
-    dense, and what is fastest stays: the model comes out no slower than either, to the accuracy of the clock.
+    A layer can be run from its factors as they are stored, in the other form, with its rank padded to a multiple of
+    eight (in half precision a GPU is several times slower at others), by one fused operator, or with the factors merged
+    to a dense weight. What that takes is derived from the factors and kept beside them, in memory only: parameters and
+    state dict stay as small as they were. The model is timed as a whole, too, with all layers as chosen, all as stored
+    and all dense, and what is fastest stays: the model comes out no slower than either, to the accuracy of the clock.
 
     What was chosen is used in eval mode and without gradients (``torch.no_grad`` or ``torch.inference_mode``, or where
     no factor requires any), as long as the factors are those that were there; otherwise the factors are run as they
@@ -129,10 +135,15 @@ def tune_(
         model: with low-rank layers, on the device and in the dtype that it will run in. The mode does not matter.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; of the batch size to
             tune for. The model is run on them.
-        executions: the ways to choose from, besides the one that is stored. ``"fused"``, by one operator with a kernel
-            of ``torchsmooth.fused``, is tried only where it is named here.
+        executions: the ways to choose from, besides the one that is stored; None for ``"factored"``, ``"pivoted"`` and
+            ``"dense"``, on CUDA ``"padded"``, too. ``"fused"``, by one operator with a kernel of ``torchsmooth.fused``,
+            is tried only where it is named here: a kernel is compiled and tuned for each shape, which takes some
+            seconds for each.
         memory_format: ``"auto"`` also tries convolution weights in ``torch.channels_last``, and leaves them so where
             that is faster; ``"keep"`` does not. What ``state_dict()`` returns is in the memory format of the model.
+        cuda_graphs: whether to time CUDA graphs, as the model will be run (by ``torch.cuda.graph``, or by
+            ``torch.compile`` with ``mode="reduce-overhead"``). Launching a kernel can take longer than what it does: of
+            small batches, two small products take longer than one large one, unless they are recorded.
         progress: True shows how far it is, False does not; None where the standard error stream is a terminal.
 
     Returns:
@@ -140,7 +151,8 @@ def tune_(
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if there is no low-rank layer, or a name is unknown.
+        ValueError: if there is no low-rank layer, a name is unknown, or ``cuda_graphs`` is asked for where the model is
+            not on a CUDA device, or does what no graph can record.
         Exception: what the model raises on the inputs; it is then as it was.
 
     Example:
@@ -154,7 +166,9 @@ def tune_(
     """
     check_module(model)
     inputs = as_inputs(example_inputs)
-    allowed = _checked_executions(executions)
+    device = device_of(model)
+    allowed = default_executions(device) if executions is None else _checked_executions(executions)
+    _check_graphs(cuda_graphs, device)
     check_choice(memory_format, "memory_format", get_args(MemoryFormat))
     layers = {name: one for name, one in model.named_modules() if isinstance(one, LowRankLayer) and is_tunable(one)}
     if not layers:
@@ -162,7 +176,25 @@ def tune_(
             f"there is no low-rank layer to tune in this {type(model).__name__}: compress it first, with "
             "torchsmooth.svd_compress_, or load a compressed state dict with torchsmooth.load_compressed_."
         )
-    return _Tuner(model, inputs, layers, allowed, progress).tune_(try_channels_last=memory_format == "auto")
+    return _Tuner(model, inputs, layers, allowed, cuda_graphs, progress).tune_(
+        try_channels_last=memory_format == "auto"
+    )
+
+
+def default_executions(device: torch.device) -> tuple[str, ...]:
+    """List the ways that are tried on a device where none are named."""
+    left_out = ("fused",) if device.type == "cuda" else ("fused", "padded")
+    return tuple(one for one in EXECUTIONS if one not in left_out)
+
+
+def _check_graphs(asked: object, device: torch.device) -> None:
+    if not isinstance(asked, bool):
+        raise TypeError(f"cuda_graphs must be True or False, got {describe(asked)}.")
+    if asked and device.type != "cuda":
+        raise ValueError(
+            f"cuda_graphs=True times CUDA graphs, and the model is on {str(device)!r}: bring it to the GPU it is to "
+            "run on, or leave cuda_graphs out."
+        )
 
 
 def _checked_executions(executions: object) -> tuple[str, ...]:
@@ -198,6 +230,7 @@ class _Tuner:
     inputs: Inputs
     layers: Mapping[str, LowRankLayer]
     allowed: tuple[str, ...]
+    graphs: bool
     show: bool | None
     notes: dict[str, str] = field(default_factory=dict)
     given: list[Placed] = field(init=False)
@@ -247,13 +280,17 @@ class _Tuner:
             args = calls[layer].args
             key = _alike(layer, args)
             if key not in known:
-                known[key] = _measure(layer, self._ways(name, layer, self.allowed, last=last), args)
+                ways = self._ways(name, layer, self.allowed, last=last)
+                known[key] = _measure(layer, ways, args, graphs=self.graphs)
             measured[name] = times = known[key]
             fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
             # Of the others nothing is needed any more, and pivots take a while to find.
             wanted = [one for one in self.allowed if one in (fastest, "dense", "fused")]
             ways = self._ways(name, layer, wanted, last=last)
             chosen[layer], dense[layer] = ways[fastest], ways.get("dense")
+        known_by: dict[Any, Derived | None] = {**dense}
+        for attention in (one for one in self.model.modules() if isinstance(one, LowRankMultiheadAttention)):
+            join_([known_by.get(one) for one in (attention.q_proj, attention.k_proj, attention.v_proj)])
         others = [_Setting(placed, one) for one in (chosen, dense) if any(one.values())]
         return [stored, *others], measured
 
@@ -283,7 +320,8 @@ class _Tuner:
         with observing(self.model):
             runs: list[Callable[[], object]] = [partial(self.inputs.run, self.model)] * len(settings)
             ready = [setting.put_ for setting in settings]
-            return [time / 1e9 for time in median_nanoseconds(runs, device_of(self.model), ready)]
+            device = device_of(self.model)
+            return [time / 1e9 for time in median_nanoseconds(runs, device, ready, cuda_graphs=self.graphs)]
 
     def _report(
         self,
@@ -314,9 +352,11 @@ def _alike(layer: LowRankLayer, args: tuple[Any, ...]) -> object:
     return type(layer), repr(layer), str(factors), given
 
 
-def _measure(layer: LowRankLayer, ways: Mapping[str, Derived | None], args: tuple[Any, ...]) -> dict[str, float]:
+def _measure(
+    layer: LowRankLayer, ways: Mapping[str, Derived | None], args: tuple[Any, ...], *, graphs: bool
+) -> dict[str, float]:
     """Time one call of a layer in several ways."""
     with observing(layer):
         calls = [partial((layer if derived is None else derived.module).forward, *args) for derived in ways.values()]
-        times = median_nanoseconds(calls, device_of(layer))
+        times = median_nanoseconds(calls, device_of(layer), cuda_graphs=graphs)
     return {way: time / 1e9 for way, time in zip(ways, times, strict=True)}
