@@ -132,7 +132,6 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.benchmark = True  # all batches are of one size
     results = Results(arguments.output / "results.jsonl")
     splits = load_splits(arguments.data, arguments.cache)
     held_out, test = splits.held_out.first(arguments.test_images), splits.test.first(arguments.test_images)

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from compress_ways import PEERS, WAYS, Way, largest_difference, planned_matrices
@@ -145,6 +145,16 @@ def read_options() -> argparse.Namespace:
     return read_arguments(parser)
 
 
+def publish(tables: dict[str, Any], same: list[list[str]], arguments: argparse.Namespace, *, show: bool) -> None:
+    """Write the tables, and print them at the end."""
+    header = ["model", "low-rank layers", "largest difference of a layer's relative error"]
+    whole = tables | {"Against a float64 SVD of each layer, scheme channel": (header, same)}
+    missing = ", ".join(name for name, way in PEERS.items() if way.missing)
+    notes = [ABOUT_WEIGHTS, *([f"Not installed here, and left out: {missing} (see `peers.py`)."] if missing else [])]
+    title = f"Compressing to {RATIO:.0%} fewer parameters: time (medians of alternating runs) and memory over the model"
+    publish_tables("compress_time", title, notes, whole, arguments, sys.argv[1:], show=show)
+
+
 def main() -> None:
     """Measure and print the tables."""
     arguments = read_options()
@@ -181,12 +191,7 @@ def main() -> None:
             tables[heading] = header, rows
             for one in rows:
                 tqdm.write(f"{name} | {' | '.join(one)}", file=sys.stderr)
-    header = ["model", "low-rank layers", "largest difference of a layer's relative error"]
-    tables["Against a float64 SVD of each layer, scheme channel"] = header, same
-    missing = ", ".join(name for name, way in PEERS.items() if way.missing)
-    notes = [ABOUT_WEIGHTS, *([f"Not installed here, and left out: {missing} (see `peers.py`)."] if missing else [])]
-    title = f"Compressing to {RATIO:.0%} fewer parameters: time (medians of alternating runs) and memory over the model"
-    publish_tables("compress_time", title, notes, tables, arguments, sys.argv[1:])
+            publish(tables, same, arguments, show=name == models[-1])  # an interruption leaves what is there so far
 
 
 if __name__ == "__main__":

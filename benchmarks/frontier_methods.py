@@ -90,7 +90,8 @@ def _remove_channels_(model: nn.Module, ratio: float) -> int:
 
 def _reachable(model: nn.Module, ratios: Sequence[float], options: dict[str, Any]) -> list[float]:
     """Leave out the ratios that cannot be reached, the largest; data does not change which these are."""
-    return list(itertools.takewhile(lambda ratio: _can_be_planned(model, ratio, options), ratios))
+    beyond = itertools.takewhile(lambda ratio: not _can_be_planned(model, ratio, options), reversed(ratios))
+    return list(ratios[: len(ratios) - len(list(beyond))])
 
 
 def _can_be_planned(model: nn.Module, ratio: float, options: dict[str, Any]) -> bool:

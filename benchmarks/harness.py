@@ -145,6 +145,8 @@ def publish_tables(
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
     arguments: argparse.Namespace,
     given: Sequence[str] = (),
+    *,
+    show: bool = True,
 ) -> None:
     """Print several tables in Markdown and, if asked to, write them to ``benchmarks/results/NAME-DEVICE.md``.
 
@@ -155,6 +157,7 @@ def publish_tables(
         tables: header and rows of each table, by its heading; an empty heading is left out.
         arguments: the command line.
         given: the same as it was typed, where the table is another with other options.
+        show: whether to print them; what is not the whole yet is only written.
     """
     command = shlex.join(["python", f"benchmarks/{name}.py", *(given or ["--write"])])
     lines = [f"# {title}", "", f"{circumstances(arguments.device)}. `{command}`", ""]
@@ -166,7 +169,8 @@ def publish_tables(
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         lines += [""] if heading else []
     text = "\n".join(lines).rstrip("\n") + "\n"
-    print(text)
+    if show:
+        print(text)
     if arguments.write:
         folder = Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)

@@ -20,14 +20,16 @@ import statistics
 import sys
 import types
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from harness import alternating_seconds, graphed, make_parser, once, publish_tables, read_arguments
-from inference_candidates import DENSE, EQUAL, GROUPS, Candidate, Subject
+from inference_candidates import DENSE, EQUAL, FOLDED, GROUPS, Candidate, Subject
 from peers import PEERS
 from timed_models import ABOUT_WEIGHTS, MODELS
 from tqdm import tqdm
+
+from torchsmooth._execution import Execution
 
 if TYPE_CHECKING:
     import argparse
@@ -172,8 +174,17 @@ def text_of(one: Candidate, cells: dict[str, Cell], batch: int) -> str:
     dense = [cells[name].median for name in cells if name.startswith(DENSE)]
     if one.is_dense or not dense:
         return text
-    speed = min(dense) / cell.median
-    return f"{text}, **{speed:.2f} ×** of {one.fewer:.2f} × ({speed / one.fewer:.0%})"
+    text += f", {speed_of(min(dense), cell, one, bold='**')}"
+    dense = [cells[name].median for name in cells if name.startswith(f"{FOLDED}, {DENSE}")]
+    if not one.is_folded or one.name.startswith(FOLDED) or not dense:
+        return text
+    return f"{text}; over the dense one folded {speed_of(min(dense), cell, one)}"
+
+
+def speed_of(dense: float, cell: Cell, one: Candidate, bold: str = "") -> str:
+    """Say how much faster a candidate is, and of what."""
+    speed = dense / cell.median
+    return f"{bold}{speed:.2f} ×{bold} of {one.fewer:.2f} × ({speed / one.fewer:.0%})"
 
 
 def milliseconds(cell: Cell) -> str:
@@ -191,7 +202,7 @@ def table_of(
     for batch in run.batches:
         for ratio in run.ratios:
             try:
-                candidates = list(subject.candidates(batch, ratio, arguments.groups))
+                candidates = list(subject.candidates(batch, ratio, arguments.groups, **tuning_of(arguments, mode)))
             except RuntimeError as error:  # already planning or tuning runs the model
                 candidates = [Candidate(DENSE, problem=problem_of(error))]
             found = measure(candidates, mode, arguments)
@@ -211,6 +222,12 @@ def table_of(
     return header, rows
 
 
+def tuning_of(arguments: argparse.Namespace, mode: str) -> dict[str, object]:
+    """Return the options of ``tune_``: models are timed as they will be run."""
+    options: dict[str, object] = {"cuda_graphs": True} if mode == "graphs" else {}
+    return options | ({"executions": get_args(Execution)} if arguments.fused else {})
+
+
 def notes_of(arguments: argparse.Namespace, absent: Sequence[str]) -> Iterator[str]:
     """Say what the tables show."""
     yield (
@@ -218,7 +235,8 @@ def notes_of(arguments: argparse.Namespace, absent: Sequence[str]) -> Iterator[s
         "the faster of the two dense models**, contiguous and channels_last, of the ratio of multiply-adds (counted by "
         "torch.utils.flop_counter), which is the limit, and the share of the limit that was reached. A tuned model "
         "is held to the limit of the same model before it was tuned. Target latency: planned and run with the channels "
-        "of images last."
+        "of images last. BatchNorm folded: by ``fold_batchnorm_``, which the dense model can have, too; so there the "
+        "speed-up over that one comes second."
     )
     yield f"{ABOUT_WEIGHTS} A sample of the Llama-like block is 128 tokens."
     if arguments.device.startswith("cuda"):
@@ -250,6 +268,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="graphs: on CUDA only")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="what to compress for")
+    parser.add_argument("--fused", action="store_true", help="let tune_ try the fused kernels, which it has to compile")
     parser.add_argument("--runs", type=int, default=9, help="counted runs of each candidate")
     parser.add_argument("--least", type=float, default=5e-3, help="seconds of one run, of several calls if need be")
     parser.add_argument("--limit", type=float, default=30.0, help="longest call to be measured, in seconds")
@@ -260,7 +279,13 @@ def main() -> None:
     """Measure and print the tables."""
     arguments = read_options()
     settings = settings_of(arguments)
-    tables, absent = {}, []
+    tables: dict[str, tuple[list[str], list[list[str]]]] = {}
+    absent: list[str] = []
+
+    def publish(*, show: bool = True) -> None:
+        title, notes = "Inference: how much faster a compressed model is", list(notes_of(arguments, absent))
+        publish_tables("inference", title, notes, tables, arguments, sys.argv[1:], show=show)
+
     total = sum(len(run.batches) * len(run.ratios) for run in settings.values())
     with tqdm(total=total, disable=None) as bar:
         for (model, dtype), some in itertools.groupby(settings, key=lambda one: one[:2]):
@@ -276,9 +301,9 @@ def main() -> None:
             for one in chosen:
                 table = table_of(subject, one.mode, settings[one], arguments, bar)
                 tables[", ".join(one)] = table
+                publish(show=False)  # an interruption leaves what is there so far
             del subject
-    title = "Inference: how much faster a compressed model is"
-    publish_tables("inference", title, list(notes_of(arguments, absent)), tables, arguments, sys.argv[1:])
+    publish()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from timed_models import Entry
 
 DENSE = "dense"
+FOLDED = "BatchNorm folded"  # into the convolutions before, dense or low-rank
 EQUAL = "equal ranks"  # beside the targets: what peers are compared at
 _LAST = torch.channels_last
 
@@ -32,18 +33,20 @@ class Group(NamedTuple):
         title: of the rows in the table.
         options: of the plan.
         is_timed: whether the plan depends on times, and so on the batch and on the memory format.
+        is_folded: whether the compressed model is measured with its norms folded, too.
     """
 
     title: str
     options: dict[str, Any]
     is_timed: bool = False
+    is_folded: bool = False
 
 
 GROUPS = {
     "params": Group("target params", {}),
-    "macs": Group("target macs", {"target": "macs"}),
-    "macs_channel": Group("target macs, scheme channel", {"target": "macs", "scheme": "channel"}),
-    "latency": Group("target latency", {"target": "latency"}, is_timed=True),
+    "macs": Group("target macs", {"target": "macs"}, is_folded=True),
+    "macs_channel": Group("target macs, scheme channel", {"target": "macs", "scheme": "channel"}, is_folded=True),
+    "latency": Group("target latency", {"target": "latency"}, is_timed=True, is_folded=True),
     EQUAL: Group(EQUAL, {"scheme": "channel", "form": "factored"}),
 }
 
@@ -70,6 +73,11 @@ class Candidate:
     def is_dense(self) -> bool:
         """Whether it is one of the two that speed-ups are against."""
         return self.name.startswith(DENSE)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether its norms are folded."""
+        return FOLDED in self.name
 
 
 def multiply_adds(model: nn.Module, inputs: Tensor) -> int:
@@ -131,13 +139,18 @@ class Subject:
         """Return how many times fewer multiply-adds than the dense model another one takes."""
         return self._dense / multiply_adds(model, self._sample)
 
-    def candidates(self, batch: int, ratio: float, groups: Sequence[str]) -> Iterator[Candidate]:
-        """Make everything that is to be compared at one ratio and one size of the batch."""
+    def candidates(self, batch: int, ratio: float, groups: Sequence[str], **tuning: Any) -> Iterator[Candidate]:
+        """Make what is to be compared at one ratio and one size of the batch; ``tuning`` is for ``tune_``."""
         inputs = self.inputs(batch)
         images = self.entry.takes_images
         yield Candidate(DENSE, copy.deepcopy(self.model), inputs)
         if images:
             yield _channels_last(Candidate(DENSE, self.model, inputs))
+        normed = any(isinstance(one, nn.BatchNorm2d) for one in self.model.modules())
+        if normed:
+            dense = Candidate(f"{FOLDED}, {DENSE}", folded(self.model), inputs)
+            yield dense
+            yield _channels_last(dense)
         for group in groups:
             name = GROUPS[group].title
             plan = self.plans(group, inputs)[ratio]
@@ -149,7 +162,9 @@ class Subject:
             limit = self.fewer(small)
             one = partial(Candidate, inputs=given, fewer=limit)
             yield one(name, small)
-            yield _made(one(f"{name}, tune_"), partial(tuned, small, given))
+            yield _made(one(f"{name}, tune_"), partial(tuned, small, given, **tuning))
+            if normed and GROUPS[group].is_folded:
+                yield _made(one(f"{name}, {FOLDED}, tune_"), partial(_folded_and_tuned, small, given, **tuning))
             if group == EQUAL:
                 yield from self._of_peers(small, one, images=images)
 
@@ -187,11 +202,22 @@ def _swept(model: nn.Module, ratios: Sequence[float], options: dict[str, Any]) -
         return str(error)
 
 
-def tuned(model: nn.Module, inputs: Tensor) -> nn.Module:
+def tuned(model: nn.Module, inputs: Tensor, **tuning: Any) -> nn.Module:
     """Return a tuned copy of a compressed model."""
     model = copy.deepcopy(model)
-    torchsmooth.tune_(model, inputs, progress=False)
+    torchsmooth.tune_(model, inputs, progress=False, **tuning)
     return model
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Return a copy without the norms that can be folded."""
+    model = copy.deepcopy(model)
+    torchsmooth.fold_batchnorm_(model)
+    return model
+
+
+def _folded_and_tuned(model: nn.Module, inputs: Tensor, **tuning: Any) -> nn.Module:
+    return tuned(folded(model), inputs, **tuning)
 
 
 def _by_peer(small: nn.Module, peer: Peer) -> nn.Module:

@@ -14,13 +14,14 @@ On the CPU nothing is timed: the kernels run in Triton's interpreter, on small s
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from harness import graphed, median_seconds, parse_arguments, publish
+from harness import graphed, make_parser, median_seconds, publish_tables, read_arguments
 from tqdm import tqdm
 
 from torchsmooth import fused
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCHES = (1, 8, 64, 256)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COPIED = 1 << 30  # bytes of the copy that the bandwidth is taken from
 _SIDE = 8192  # of the matrix product that the rate is taken from
 
@@ -144,9 +145,10 @@ def error(case: Case, operands: list[Tensor]) -> float:
 
 def peaks(dtype: torch.dtype, device: str, runs: int) -> tuple[float, float]:
     """Measure bytes moved and floating-point operations done in a second."""
-    source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
+    # Random numbers: with zeros a chip draws less power, and is faster than it ever will be with data.
+    source = torch.randint(256, (_COPIED,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    square = torch.zeros(_SIDE, _SIDE, dtype=dtype, device=device)
+    square = torch.randn(_SIDE, _SIDE, dtype=dtype, device=device)
     copying, multiplying = median_seconds(
         [partial(target.copy_, source), partial(torch.mm, square, square)], device, runs
     )
@@ -174,13 +176,13 @@ def time_all(arguments: argparse.Namespace) -> None:
     """Print times on a GPU."""
     rows, found = [], []
     device = torch.device(arguments.device)
-    for dtype in tqdm(DTYPES, disable=None):
+    for name in tqdm(arguments.dtypes, disable=None):
+        dtype = DTYPES[name]
         bandwidth, rate = peaks(dtype, arguments.device, arguments.runs)
-        name = str(dtype).removeprefix("torch.")
         found.append(f"{name}: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.1f} TFLOP/s")
         cases = [case for case in CASES if has_kernel(device, dtype, case.rank)]
         for case in tqdm(
-            [replace(case, batch=batch) for case in cases for batch in BATCHES], disable=None, leave=False
+            [replace(case, batch=batch) for case in cases for batch in arguments.batches], disable=None, leave=False
         ):
             rows.append(measure(case, dtype, bandwidth, rate, arguments))  # noqa: PERF401 - each takes its time
     header = [
@@ -195,7 +197,7 @@ def time_all(arguments: argparse.Namespace) -> None:
     ]
     header += ["limit, ms", "graph over graph", "of the limit", "error"]
     title = f"Fused kernels against two calls, and against the roofline ({'; '.join(found)})"
-    publish("kernels", title, header, rows, arguments)
+    publish_tables("kernels", title, (), {"": (header, rows)}, arguments, sys.argv[1:])
 
 
 def check_all(arguments: argparse.Namespace) -> None:
@@ -215,12 +217,17 @@ def check_all(arguments: argparse.Namespace) -> None:
     title = (
         "No GPU here, so nothing is timed: errors of the fused kernels in Triton's interpreter, over the largest output"
     )
-    publish("kernels", title, ["layer", "in → rank → out", "dtype", "error", "rounding of the dtype"], rows, arguments)
+    header = ["layer", "in → rank → out", "dtype", "error", "rounding of the dtype"]
+    publish_tables("kernels", title, (), {"": (header, rows)}, arguments)
 
 
 def main() -> None:
     """Time the kernels on a GPU, or check them on the CPU."""
-    arguments = parse_arguments(__doc__ or "")
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each candidate, after one that is not")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    arguments = read_arguments(parser)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():
         if not arguments.device.startswith("cuda"):
