@@ -114,6 +114,15 @@ def test_pruning_is_compared_by_the_better_one_of_each_seed(page):
     ]
 
 
+def test_nothing_is_compared_with_structured_pruning_alone():
+    lines = [
+        one for one in results() if (one["method"], one["penalty"], one["ratio"]) != ("unstructured", "plain", 0.7)
+    ]
+    (group,) = tables.groups_of(lines)
+    rows = rows_of(tables.format_group(group, {}), "### SVD against pruning")
+    assert next(row for row in rows if row[1] == "SVD") == ["none", "SVD", "–", "+40.00"]
+
+
 def test_strengths_that_were_tried_are_shown():
     tried = [
         line(80.0, "dense", 0.0, "first", split="held_out", images=5000),
