@@ -188,6 +188,7 @@ def test_layers_with_something_of_their_own_stay():
     nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)
     nn.utils.parametrizations.weight_norm(parametrised[0])
     tied, broken, linear = pair(), pair(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    other = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(4)).eval()
     tied.append(nn.Conv2d(4, 4, 1))
     tied[2].weight = tied[0].weight
     broken[1].running_mean[0] = torch.inf
@@ -197,11 +198,36 @@ def test_layers_with_something_of_their_own_stay():
         (parametrised, "'0', which feeds it, is no plain convolution, but a ParametrizedConv2d"),
         (tied, "'0' or the norm is in the model more than once, or shares its weight"),
         (broken, "a value is NaN or infinite"),
+        (other, "it has 4 features, and '0', which feeds it, 6 channels"),
         (linear, "'0', which feeds it, is no plain convolution, but a Linear"),
     ):
         before = snapshot(model)
         assert torchsmooth.fold_batchnorm_(model).left == {"1": reason}
         assert same(snapshot(model), before)
+
+
+class Reads(nn.Module):
+    """Uses a weight beside the layer that it belongs to, and one of a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.other, self.last = (
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+        )
+
+    def forward(self, x):
+        return self.last(self.other(self.norm(self.conv(x)))) * self.conv.weight.sum() + self.last.weight.sum()
+
+
+def test_values_that_are_read_elsewhere_stay():
+    model = fill_(Reads(), 0).eval()
+    report = torchsmooth.fold_batchnorm_(model)
+    assert report.folded == {}
+    assert set(report.left.values()) == {"a value of it, or of the layer that feeds it, is used elsewhere"}
+    assert report.left.keys() == {"norm", "last"}
 
 
 class Turns(nn.Module):

@@ -48,20 +48,25 @@ def followers(model: nn.Module) -> Mapping[str, Follower]:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # what a forward of the user's does with a proxy can raise anything
+        reason = (str(error).splitlines() or ["no message"])[0].partition(". ")[0]
         raise ValueError(
             f"{type(model).__name__} cannot be traced symbolically, so what follows what is not known "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Name each layer "
-            "with the norm that takes its output, and that alone: pairs=[('conv1', 'bn1')]."
+            f"({type(error).__name__}: {reason}). Name each layer with the norm that takes its output, and that alone: "
+            "pairs=[('conv1', 'bn1')]."
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(modules[node.target] for node in calls)
     found = {name: Follower("", "it is never called") for name in norms_of(model)}
     names = {modules[name]: name for name in reversed(list(modules))}
+    # What is read without a call: a weight that a penalty of the user's own is computed from, say.
+    read = {modules.get(str(node.target).rpartition(".")[0]) for node in graph.nodes if node.op == "get_attr"}
     for node in calls:
         name = names[modules[node.target]]
         if name in found:
             found[name] = _fed_by(node, modules, times, names)
+            if modules[name] in read or modules.get(found[name].layer) in read:
+                found[name] = Follower("", "a value of it, or of the layer that feeds it, is used elsewhere")
     return found
 
 

@@ -70,9 +70,9 @@ def fold_batchnorm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | None
               \qquad s_c = \gamma_c / \sqrt{\sigma_c^2 + \epsilon}
 
     Each norm that was folded becomes an ``nn.Identity``. The network computes what it did, to rounding, and passes over
-    its activations once less for each norm; in a network whose products have become small, that is much of its time. It
-    is a step for running a network, after all others: estimate the norms' statistics anew, quantise and train before,
-    ``tune_`` after it. The keys of the state dict change, so ``load_compressed_`` loads what was saved before.
+    its activations once less for each norm; in a network whose products have become small, that is much of its time.
+    It is a step for running a network: train, load and estimate statistics anew before it; quantise and ``tune_`` after
+    it. The keys of the state dict change, so ``load_compressed_`` takes what was saved before.
 
     Args:
         model: in eval mode, with nn.Conv1d, 2d, 3d or low-rank layers of those before BatchNorm layers of any kind.
@@ -167,6 +167,8 @@ def _why_not(name: str, layer: nn.Module | None, norm: _BatchNorm, shared: set[i
     """Say why a norm cannot be folded into a layer; empty if it can."""
     if type(layer) not in (*_DENSE, *_LOW_RANK) or layer is None:
         return f"{name!r}, which feeds it, is no plain convolution, but a {type(layer).__name__}"
+    if norm.num_features != layer.out_channels:
+        return f"it has {norm.num_features} features, and {name!r}, which feeds it, {layer.out_channels} channels"
     parts = [one for module in (layer, norm) for one in module.modules()]
     if any(id(one) in shared for one in (*parts, *layer.parameters())):
         return f"{name!r} or the norm is in the model more than once, or shares its weight"
