@@ -6,6 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchsmooth._layers import KINDS
+
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -23,6 +25,24 @@ def fill_(module: torch.nn.Module, seed: int) -> torch.nn.Module:
                 values = randn(*tensor.shape, seed=seed + number) / fan_in**0.5
                 tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
     return module
+
+
+def low_rank(dense: torch.nn.Module, data: st.DataObject) -> torch.nn.Module:
+    """Draw a low-rank layer in the place of a dense one, in a scheme and form that it can have."""
+    kind = KINDS[type(dense)]
+    layouts = kind.layouts(dense)
+    scheme = data.draw(st.sampled_from(sorted(layouts)))
+    forms = [
+        form for form in ("factored", "pivoted")
+        if torch.tensor(layouts[scheme].largest_rank(form)).min() >= 1
+    ]  # fmt: skip
+    form = data.draw(st.sampled_from(forms))
+    most = layouts[scheme].largest_rank(form)
+    pick = lambda top: data.draw(st.integers(1, top))  # noqa: E731
+    rank = pick(most) if isinstance(most, int) else tuple(map(pick, most))
+    layer = kind.like(dense, rank, scheme, form)
+    layer.truncate_(dense.weight)
+    return layer.eval()
 
 
 HARD_KINDS = ("normal", "zero", "rank_one", "repeated", "tiny", "huge", "decaying", "orthogonal", "strided")

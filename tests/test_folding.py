@@ -14,7 +14,7 @@ from torch import nn
 import torchsmooth
 from testbed.torchvision_import import import_torchvision
 from tests.networks import same, small_resnet, snapshot
-from tests.strategies import convolutions, fill_, randn, seeds, small_convolutions
+from tests.strategies import convolutions, fill_, low_rank, randn, seeds, small_convolutions
 from torchsmooth._layers import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -74,20 +74,7 @@ def test_a_dense_convolution_takes_over_its_norm(case, seed, affine):
 @settings(max_examples=40)
 def test_a_low_rank_convolution_does_in_every_scheme_and_form(case, seed, data):
     dense, inputs = case
-    layouts = KINDS[type(dense)].layouts(dense)
-    scheme = data.draw(st.sampled_from(sorted(layouts)))
-    forms = [
-        form for form in ("factored", "pivoted")
-        if torch.tensor(layouts[scheme].largest_rank(form)).min() >= 1
-    ]  # fmt: skip
-    form = data.draw(st.sampled_from(forms))
-    most = layouts[scheme].largest_rank(form)
-    pick = lambda top: data.draw(st.integers(1, top))  # noqa: E731
-    layer = KINDS[type(dense)].like(
-        dense, pick(most) if isinstance(most, int) else tuple(map(pick, most)), scheme, form
-    )
-    layer.truncate_(dense.weight)
-    check_folds(layer.eval(), inputs, seed)
+    check_folds(low_rank(dense, data), inputs, seed)
 
 
 @pytest.mark.parametrize("axes", [1, 3])

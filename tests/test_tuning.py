@@ -14,7 +14,7 @@ from torch import nn
 
 import torchsmooth
 from tests.networks import mlp, same, small_resnet, snapshot
-from tests.strategies import convolutions, fill_, randn, seeds, small_convolutions
+from tests.strategies import convolutions, fill_, low_rank, randn, seeds, small_convolutions
 from torchsmooth import _fused_layers, tuning
 from torchsmooth._derive import derive, is_tunable
 from torchsmooth._execution import EXECUTIONS, derived_of, use_
@@ -34,24 +34,6 @@ def run(model, *inputs):
 
 def close(one, other, tolerance=1e-9):
     return bool(((one - other).abs() <= tolerance * (1 + other.abs().max())).all())
-
-
-def low_rank(dense, data):
-    """Some low-rank layer in the place of a dense one, in a scheme and form that it can have."""
-    kind = KINDS[type(dense)]
-    layouts = kind.layouts(dense)
-    scheme = data.draw(st.sampled_from(sorted(layouts)))
-    forms = [
-        form for form in ("factored", "pivoted")
-        if torch.tensor(layouts[scheme].largest_rank(form)).min() >= 1
-    ]  # fmt: skip
-    form = data.draw(st.sampled_from(forms))
-    most = layouts[scheme].largest_rank(form)
-    pick = lambda top: data.draw(st.integers(1, top))  # noqa: E731
-    rank = pick(most) if isinstance(most, int) else tuple(map(pick, most))
-    layer = kind.like(dense, rank, scheme, form)
-    layer.truncate_(dense.weight)
-    return layer.eval()
 
 
 def check_all_executions(layer, inputs):
