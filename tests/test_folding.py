@@ -217,6 +217,22 @@ def test_values_that_are_read_elsewhere_stay():
     assert report.left.keys() == {"norm", "last"}
 
 
+class Scaled(nn.Module):
+    """Has a value of its own, and a norm that no layer feeds."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.norm = nn.Parameter(torch.ones(())), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(x * self.scale)
+
+
+def test_a_value_of_the_model_itself_is_not_taken_for_one_of_a_layer():
+    report = torchsmooth.fold_batchnorm_(Scaled().eval())
+    assert report.left == {"norm": "its input does not come from a layer"}
+
+
 class Turns(nn.Module):
     """Does what a symbolic trace cannot follow."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ._matricise import Form, LayerScheme
 
-PADDED = 8  # numbers of half precision in 16 bytes
+_PADDED = 8  # numbers of half precision in 16 bytes
 
 # Layers that are run by their own ``forward``, one input to one output. Embeddings look single rows up, for which no
 # other way is worth its memory.
@@ -63,41 +63,45 @@ def _padded(layer: Any, dense: nn.Module) -> LowRankLayer | None:
     In half precision a matrix whose rows do not begin at multiples of 16 bytes is many times slower on a GPU, whatever
     its size.
     """
-    rank = layer.rank
-    ranks = rank if isinstance(rank, tuple) else (rank,)
-    wanted = tuple(-(-one // PADDED) * PADDED for one in ranks)
-    scheme: LayerScheme = getattr(layer, "scheme", "channel")
-    most: Any = KINDS[type(dense)].layouts(dense)[scheme].largest_rank("factored")
-    limits = most if isinstance(most, tuple) else (most,)
+    ranks = _sides(layer.rank)
     # A side as long as the whole axis cannot be longer, and is as good as the channels are.
-    wanted = tuple(min(pair) for pair in zip(wanted, limits, strict=True))
+    limits = _largest(layer, dense, "factored")
+    wanted = tuple(min(-(-one // _PADDED) * _PADDED, most) for one, most in zip(ranks, limits, strict=True))
     if wanted == ranks:
         return None
-    made: Any = KINDS[type(dense)].like(dense, wanted if isinstance(rank, tuple) else wanted[0], scheme, "factored")
     factors: tuple[Tensor, ...] = layer.factors()
-    if isinstance(rank, tuple):
-        (more_in, more_out), (up, core, down) = (a - b for a, b in zip(wanted, ranks, strict=True)), factors
-        factors = (
-            F.pad(up, (0, more_out)),
-            F.pad(core, (0, 0, 0, more_in, 0, more_out)),
-            F.pad(down, (0, 0, 0, more_in)),
-        )
-    else:
-        more, (up, down) = wanted[0] - rank, factors
-        factors = F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))
+    more = [a - b for a, b in zip(wanted, ranks, strict=True)]
+    if isinstance(layer.rank, tuple):
+        (more_in, more_out), (up, core, down) = more, factors
+        padded = F.pad(up, (0, more_out)), F.pad(core, (0, 0, 0, more_in, 0, more_out)), F.pad(down, (0, 0, 0, more_in))
+        return _made(layer, dense, "factored", wanted, padded)
+    up, down = factors
+    return _made(layer, dense, "factored", wanted[0], (F.pad(up, (0, *more)), F.pad(down, (0, 0, 0, *more))))
+
+
+def _in_form(layer: Any, dense: nn.Module, form: Form) -> LowRankLayer | None:
+    ranks, limits = _sides(layer.rank), _largest(layer, dense, form)
+    if any(one > most for one, most in zip(ranks, limits, strict=True)):
+        return None
+    return _made(layer, dense, form, layer.rank, layer.factors())
+
+
+def _made(layer: Any, dense: nn.Module, form: Form, rank: Any, factors: tuple[Tensor, ...]) -> LowRankLayer:
+    made: Any = KINDS[type(dense)].like(dense, rank, _scheme(layer), form)
     made.set_factors_(*factors)
     other: LowRankLayer = made
     return other
 
 
-def _in_form(layer: Any, dense: nn.Module, form: Form) -> LowRankLayer | None:
+def _largest(layer: Any, dense: nn.Module, form: Form) -> tuple[int, ...]:
+    layout: Any = KINDS[type(dense)].layouts(dense)[_scheme(layer)]
+    return _sides(layout.largest_rank(form))
+
+
+def _scheme(layer: Any) -> LayerScheme:
     scheme: LayerScheme = getattr(layer, "scheme", "channel")
-    layout: Any = KINDS[type(dense)].layouts(dense)[scheme]
-    most, rank = layout.largest_rank(form), layer.rank
-    fits = rank <= most if isinstance(rank, int) else all(a <= b for a, b in zip(rank, most, strict=True))
-    if not fits:
-        return None
-    made: Any = KINDS[type(dense)].like(dense, rank, scheme, form)
-    made.set_factors_(*layer.factors())
-    other: LowRankLayer = made
-    return other
+    return scheme
+
+
+def _sides(rank: Any) -> tuple[int, ...]:
+    return rank if isinstance(rank, tuple) else (rank,)

@@ -12,7 +12,7 @@ from ._lowrank_layer import LowRankLayer
 from ._norms import norms_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 
 class Follower(NamedTuple):
@@ -64,9 +64,7 @@ def followers(model: nn.Module) -> Mapping[str, Follower]:
     for node in calls:
         name = names[modules[node.target]]
         if name in found:
-            found[name] = _fed_by(node, modules, times, names)
-            if modules[name] in read or modules.get(found[name].layer) in read:
-                found[name] = Follower("", "a value of it, or of the layer that feeds it, is used elsewhere")
+            found[name] = _fed_by(node, modules, times, names, read)
     return found
 
 
@@ -75,6 +73,7 @@ def _fed_by(
     modules: Mapping[str, nn.Module],
     times: Mapping[nn.Module, int],
     names: Mapping[nn.Module, str],
+    read: Collection[nn.Module | None],
 ) -> Follower:
     given = node.args[0] if node.args else None
     if times[modules[str(node.target)]] > 1:
@@ -86,4 +85,6 @@ def _fed_by(
         return Follower("", f"{names[layer]!r}, which feeds it, is called more than once")
     if len(given.users) > 1:
         return Follower("", f"the output of {names[layer]!r} goes to others as well")
+    if modules[str(node.target)] in read or layer in read:
+        return Follower("", "a value of it, or of the layer that feeds it, is used elsewhere")
     return Follower(names[layer], "")

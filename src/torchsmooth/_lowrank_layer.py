@@ -13,7 +13,7 @@ from ._checks import is_quantised
 from ._execution import active, derived_of
 from ._given_factors import checked_copies
 from ._leading import truncated_factors
-from ._linalg import balanced, working_copy
+from ._linalg import balanced, clamped, working_copy
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
 from ._quantised import dequantised
@@ -126,8 +126,8 @@ class LowRankLayer(nn.Module):
         )
 
     def _store_(self, child: str, values: Tensor) -> None:
-        limit = torch.finfo(self._factor(child).dtype).max  # an approximation of finite weights may pass it
-        self._factor(child).copy_(values.clamp(-limit, limit))
+        own = self._factor(child)
+        own.copy_(clamped(values, own.dtype))
 
 
 class TwoFactorLayer(LowRankLayer):
@@ -312,8 +312,7 @@ def merged(layer: LowRankLayer, cls: type[_Module], *args: Any, **kwargs: Any) -
     bias = layer.bias
     with torch.no_grad():
         exact = tuple(working_copy(factor) for factor in layer.factors())
-        limit = torch.finfo(own.dtype).max  # a product of finite factors may pass that of float16
-        weight = layer.product_of(exact).clamp(-limit, limit).to(own)
+        weight = clamped(layer.product_of(exact), own.dtype).to(own)
         formats = {memory_format_of(layer._factor(child)) for child in layer.factor_children}
         last = formats - {torch.contiguous_format}
         weight = weight.contiguous(memory_format=last.pop() if last else torch.contiguous_format)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._linalg import working_copy
+from ._linalg import clamped, working_copy
 from ._ranks import ALONE
 
 if TYPE_CHECKING:
@@ -199,8 +199,7 @@ class FollowingNorms:
         new_variance = (variance * scale + eps * (scale - 1)).clamp_min(0)
         new_mean = mean * scale.sqrt() + (here.mean - dense.mean * scale.sqrt())
         for target, values in zip(self._statistics[norm], (new_mean, new_variance), strict=True):
-            limit = torch.finfo(target.dtype).max
-            target.copy_(values.clamp(-limit, limit))
+            target.copy_(clamped(values, target.dtype))
 
 
 def _buffer(norm: nn.Module, kind: str) -> Tensor:

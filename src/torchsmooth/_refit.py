@@ -27,7 +27,7 @@ from ._calibration import (
     why_uncalibrated,
 )
 from ._layers import weight_of
-from ._linalg import LinAlgError, working_copy
+from ._linalg import LinAlgError, clamped, working_copy
 from ._matricise import channel_view
 from ._moments import Moments, check_moments, input_rows, output_rows
 from ._norms import FollowingNorms
@@ -193,8 +193,7 @@ def _stored_weight(low_rank: LowRankLayer) -> Tensor:
 def _bias_of(low_rank: LowRankLayer, moments: Moments, dtype: torch.dtype) -> Tensor:
     """Return the bias with which the mean output is the dense network's, within the range of a dtype."""
     mean = (_stored_weight(low_rank) @ moments.inputs_mean.unsqueeze(-1)).squeeze(-1)
-    limit = torch.finfo(dtype).max
-    return (moments.outputs_mean - mean).flatten().clamp(-limit, limit)
+    return clamped((moments.outputs_mean - mean).flatten(), dtype)
 
 
 class _Work:

@@ -23,6 +23,7 @@ class Together(NamedTuple):
     members: tuple[Derived, ...]
     weight: Tensor
     bias: Tensor | None
+    lengths: list[int]
 
 
 def join_(derived: Sequence[Derived | None]) -> None:
@@ -36,15 +37,15 @@ def join_(derived: Sequence[Derived | None]) -> None:
     sizes = {(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in modules}
     if len(members) < len(derived) or len(sizes) > 1:
         return
+    lengths = [one.out_features for one in modules]
     with torch.no_grad():
         weight = torch.cat([one.weight for one in modules])
         bias = None if modules[0].bias is None else torch.cat([one.bias for one in modules])
-        lengths = [one.out_features for one in modules]
         for name, whole in (("weight", weight), ("bias", bias)):
             for module, part in zip(modules, () if whole is None else torch.split(whole, lengths), strict=False):
                 module.register_parameter(name, nn.Parameter(part, requires_grad=False))
     for one in members:
-        one.together = Together(members, weight, bias)
+        one.together = Together(members, weight, bias, lengths)
 
 
 def run_together(layers: Sequence[nn.Module], input: Tensor) -> tuple[Tensor, ...] | None:  # noqa: A002 - as in torch
@@ -64,6 +65,4 @@ def run_together(layers: Sequence[nn.Module], input: Tensor) -> tuple[Tensor, ..
     for layer, one in zip(layers, together.members, strict=True):
         if derived_of(layer) is not one or active(layer) is None or layer._forward_hooks or layer._forward_pre_hooks:
             return None
-    output = F.linear(input, together.weight, together.bias)
-    lengths: list[Any] = [one.module.out_features for one in together.members]
-    return torch.split(output, lengths, -1)
+    return torch.split(F.linear(input, together.weight, together.bias), together.lengths, -1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ._checks import check_initialised, check_module, describe, quoted
 from ._execution import use_
 from ._follows import Follower, followers
-from ._linalg import working_copy
+from ._linalg import clamped, working_copy
 from ._lowrank_layer import LowRankLayer, check_writable
 from ._norms import affine_of, norms_of
 from ._swap import swap_
@@ -203,13 +203,7 @@ def _with_norm(layer: nn.Module, norm: Any) -> nn.Module:
         folded.set_factors_(up * rows.repeat_interleave(up.shape[1] // rows.shape[1], 1).unsqueeze(-1), *others)
     else:
         weight = working_copy(folded.weight)
-        folded.weight.copy_(_within(weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), like))
-    owner.bias = nn.Parameter(_within(shift, like).to(like), requires_grad=like.requires_grad)
+        folded.weight.copy_(clamped(weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), like.dtype))
+    owner.bias = nn.Parameter(clamped(shift, like.dtype).to(like), requires_grad=like.requires_grad)
     done: nn.Module = folded
     return done
-
-
-def _within(values: Tensor, like: Tensor) -> Tensor:
-    """Keep values in the range of a dtype."""
-    limit = torch.finfo(like.dtype).max
-    return values.clamp(-limit, limit)

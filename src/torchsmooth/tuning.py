@@ -288,9 +288,9 @@ class _Tuner:
             wanted = [one for one in self.allowed if one in (fastest, "dense", "fused")]
             ways = self._ways(name, layer, wanted, last=last)
             chosen[layer], dense[layer] = ways[fastest], ways.get("dense")
-        known_by: dict[Any, Derived | None] = {**dense}
+        merged: Any = dense  # projections need not be low-rank layers
         for attention in (one for one in self.model.modules() if isinstance(one, LowRankMultiheadAttention)):
-            join_([known_by.get(one) for one in (attention.q_proj, attention.k_proj, attention.v_proj)])
+            join_([merged.get(one) for one in (attention.q_proj, attention.k_proj, attention.v_proj)])
         others = [_Setting(placed, one) for one in (chosen, dense) if any(one.values())]
         return [stored, *others], measured
 
