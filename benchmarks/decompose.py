@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from harness import median_seconds, parse_arguments, publish
 
+from torchsmooth._decompose import singular_values
 from torchsmooth._leading import truncated_factors
-from torchsmooth._linalg import singular_values
 
 SHAPES = ((64, 576), (256, 2304), (512, 4608), (768, 768), (768, 3072), (1536, 1536))
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import hard_matrices, randn, seeds
-from torchsmooth import _leading, _linalg
+from torchsmooth import _decompose, _leading, _linalg
+from torchsmooth._decompose import decompose, singular_values
 from torchsmooth._leading import leading_basis, truncated_factors
-from torchsmooth._linalg import decompose, relative_tail_energies, singular_values
+from torchsmooth._linalg import relative_tail_energies
 
 # What is promised of the relative error of every truncation, beside that of an SVD in float64.
 PROMISED = 1e-6
@@ -88,7 +89,7 @@ def test_float32_is_enough_for_hard_matrices_of_any_size(dtype, data):
     matrix = data.draw(hard_matrices(dtype=dtype))
     rank = data.draw(st.integers(1, min(matrix.shape)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_linalg, "LARGE", 1)
+        patch.setattr(_decompose, "LARGE", 1)
         up, down = truncated_factors(matrix.unsqueeze(0), rank)
         values = singular_values(matrix)
     assert excess(matrix, up[0], down[0], rank) < PROMISED
@@ -159,8 +160,16 @@ def test_a_zero_matrix_has_any_basis(monkeypatch):
 def test_no_time_is_spent_on_float32_where_it_would_not_do(kind, tried, monkeypatch):
     matrix, solved = matrix_with(kind, 260, 300, seed=1).float().unsqueeze(0), []
     for name in ("eigen", "eigenvalues"):
-        solve = getattr(_linalg, name)
-        monkeypatch.setattr(_linalg, name, lambda gram, solve=solve: solved.append(gram.dtype) or solve(gram))
+        solve = getattr(_decompose, name)
+        monkeypatch.setattr(_decompose, name, lambda gram, solve=solve: solved.append(gram.dtype) or solve(gram))
     decompose(matrix)
     singular_values(matrix)
     assert solved == 2 * [torch.float32 if tried else torch.float64]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("normal", [65, 260]), ("root", [65, 260]), ("steep", [65])])
+def test_some_of_the_rows_tell_whether_float32_is_worth_a_gram_matrix(kind, rows, monkeypatch):
+    matrix, seen, multiply = matrix_with(kind, 260, 300, seed=1).float().unsqueeze(0), [], _decompose._single_gram
+    monkeypatch.setattr(_decompose, "_single_gram", lambda wide: (seen.append(wide.shape[-2]), multiply(wide))[1])
+    decompose(matrix)
+    assert seen == rows

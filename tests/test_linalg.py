@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import HARD_KINDS, hard_matrices, hard_matrix, randn, seeds
+from torchsmooth._decompose import singular_values
 from torchsmooth._leading import truncated_factors
 from torchsmooth._linalg import (
     LinAlgError,
@@ -19,7 +20,6 @@ from torchsmooth._linalg import (
     eigen,
     eigenvalues,
     relative_tail_energies,
-    singular_values,
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

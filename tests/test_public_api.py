@@ -258,7 +258,7 @@ def test_imports_are_acyclic_and_need_only_torch():
 
 def test_watching_a_training_needs_nothing_of_the_compression():
     graph = imports()
-    knows = {"functional", "registry", "_registered", "_linalg", "_matricise", "_checks", "_table"}
+    knows = {"functional", "registry", "_registered", "_decompose", "_linalg", "_matricise", "_checks", "_table"}
     assert set().union(*(graph[name] for name in WATCHING)) <= WATCHING | knows
     others = graph.keys() - WATCHING - {"__init__"}
     assert not any(graph[name] & WATCHING for name in others)
@@ -378,7 +378,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_triton_tiles",
         "fused",
     }
-    shared = {"_linalg", "_matricise", "_checks"}
+    shared = {"_decompose", "_linalg", "_matricise", "_checks"}
     bridge = {"rank_tail"}  # penalises what a plan will cut: it stands on both halves, and nothing stands on it
     assert graph.keys() == penalty_half | compression_half | shared | bridge | WATCHING | {"_table", "__init__"}
     for name in penalty_half:

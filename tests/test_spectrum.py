@@ -15,9 +15,10 @@ from torch import nn
 from tests.networks import mlp, small_resnet
 from tests.strategies import convolutions, hard_matrices, randn, seeds
 from torchsmooth import _options, plan_compression, sweep
+from torchsmooth._decompose import decompose
 from torchsmooth._layers import FoundLayer
 from torchsmooth._leading import truncated_factors
-from torchsmooth._linalg import LinAlgError, decompose, factors_in
+from torchsmooth._linalg import LinAlgError, factors_in
 from torchsmooth._options import options_of
 from torchsmooth._spectrum import Spectrum
 from torchsmooth._tucker import tucker_factors

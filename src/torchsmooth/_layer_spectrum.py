@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import functional
 from ._checks import check_open_unit
-from ._linalg import relative_tail_energies, singular_values, working_copy
+from ._decompose import singular_values
+from ._linalg import relative_tail_energies, working_copy
 from ._matricise import SCHEMES, Scheme, channel_view, matricise
 
 RATIO_MEANS = "the fraction of its parameters that each layer is to lose: 0.8 = 80 % fewer"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._linalg import decompose, eigen, factors_in, is_good_for, single_scaled, widened, working_copy
+from ._decompose import decompose, is_good_for
+from ._linalg import eigen, factors_in, single_scaled, widened, working_copy
 
 if TYPE_CHECKING:
     from torch import Tensor

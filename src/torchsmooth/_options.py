@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from ._decompose import LARGE
 from ._layers import KINDS, weight_of
-from ._linalg import LARGE, LinAlgError, working_copy
+from ._linalg import LinAlgError, working_copy
 from ._matricise import Matricisation
 from ._moments import check_moments
 from ._spectrum import Spectrum

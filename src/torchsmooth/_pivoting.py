@@ -24,6 +24,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # Entries of B are at most this. The closer to 1, the less rounding is multiplied, and the more exchanges it takes.
 GROWTH = 1.1
+# Exchanges are made in float32, in half of the time, and down to a little less: afterwards B is computed in float64, so
+# what is rounded does not matter, but no entry above GROWTH must round to one that is left alone.
+_EXCHANGED = 0.999 * GROWTH
 
 # Where B has entries larger than this, it has lost too many digits to go on with.
 _TRUSTED = 1e3
@@ -148,21 +151,21 @@ def _exchanged(free: Tensor, order: Tensor) -> Tensor:
     """Exchange rows for pivots while an entry of B is too large, the largest first.
 
     Args:
-        free: ``(groups, rows - rank, rank)``, B; overwritten, as each exchange changes it by a matrix of rank one.
+        free: ``(groups, rows - rank, rank)``, B.
         order: ``(groups, rows)``, the pivots first.
 
     Returns:
         The new order.
     """
     rank = free.shape[-1]
-    order = order.clone()
+    order, free = order.clone(), free.to(torch.float32)  # each exchange changes it by a matrix of rank one
     every = torch.arange(len(free), device=free.device)
     for _ in range(_UPDATES):
         row = torch.maximum(free.amax(-1), -free.amin(-1)).argmax(-1)
         along = free[every, row]
         column = along.abs().argmax(-1)
         entry = along[every, column]
-        active = entry.abs() > GROWTH
+        active = entry.abs() > _EXCHANGED
         if not bool(active.any()):
             break
         pivot, other = order[every, column], order[every, rank + row]

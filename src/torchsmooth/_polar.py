@@ -3,8 +3,8 @@
 ``"svd"``
     The reference: an SVD in float64.
 ``"eigh"``
-    The eigenvalues of the small Gram matrix in float64, as everywhere in :mod:`torchsmooth._linalg`. The fastest on a
-    CPU (measured by ``benchmarks/polar.py``). Of weights in single precision, singular values of the factor are within
+    The eigenvalues of the small Gram matrix in float64, as in :mod:`torchsmooth._decompose`. The fastest on a CPU
+    (measured by ``benchmarks/polar.py``). Of weights in single precision, singular values of the factor are within
     1e-5 of one; within 3e-4 where those of the weight are near its rounding, below which they are left out.
 ``"polar_express"``
     Seven steps of X ← aX + (bA + cA²)X with A = XXᵀ: matrix products only, which is what a GPU is good at, for a whole

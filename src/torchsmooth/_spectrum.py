@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ._decompose import decompose, is_good_for, singular_values
 from ._leading import is_few, truncated_factors, whole_basis
-from ._linalg import decompose, factors_in, is_good_for, relative_tail_energies, singular_values, squared_norms
+from ._linalg import factors_in, relative_tail_energies, squared_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._linalg import decompose, eigen, orthonormal, working_copy
+from ._decompose import decompose
+from ._linalg import eigen, orthonormal, working_copy
 
 # Sweeps over the two bases; more have not been seen to gain anything that matters.
 _SWEEPS = 3

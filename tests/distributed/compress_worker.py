@@ -65,7 +65,7 @@ def each_rank_does_about_half_of_the_decompositions():
         patch("torchsmooth._apply._truncate_", lambda *args: (truncated.append(args[1].name), truncate(*args))[1]),
         patch("torchsmooth._spectrum.decompose", lambda *args: calls.append(args) or decompose(*args)),
     ):
-        calls, decompose = [], torchsmooth._linalg.decompose
+        calls, decompose = [], torchsmooth._decompose.decompose
         report = svd_compress_(model, 0.5)
     for own in (decomposed, truncated):
         assert len(own) == 4
