@@ -10,7 +10,7 @@ from ._tucker import tucker_bases, tucker_energies, tucker_errors, tucker_factor
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How far the energies of the core may be from those of the weight that was decomposed, as a share of all.
+# How far the energies of the core may be from those of the weight that was decomposed, as shares of the whole.
 _SAME = 1e-6
 
 
@@ -50,14 +50,15 @@ class TuckerSpectrum:
             tensors: ``(groups, out, in, k)``, those of this spectrum or any others of the same shape.
             ranks: ``(r_in, r_out)``, each 1 … full rank.
         """
-        return tucker_factors(tensors, ranks, self._bases if self._belong(tensors) else None)
+        return tucker_factors(tensors, ranks, self._bases if self._hold(tensors, ranks) else None)
 
-    def _belong(self, tensors: Tensor) -> bool:
-        """Check that the bases are those of the tensors: the energy spreads over their pairs as it did."""
+    def _hold(self, tensors: Tensor, ranks: tuple[int, int]) -> bool:
+        """Check that the bases hold as much of the tensors as of those they are from, in each pair up to some ranks."""
         if self._bases is None:
             return False
-        found = tucker_energies(tensors, self._bases)
-        return bool(((found - self._energies).abs() <= _SAME).all())
+        outer, inner = self._bases
+        found = tucker_energies(tensors, (outer[..., : ranks[1]], inner[..., : ranks[0]]))
+        return bool(((found - self._energies[: ranks[0], : ranks[1]]).abs() <= _SAME).all())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TuckerSpectrum:
         return self  # nothing of it ever changes
