@@ -50,10 +50,15 @@ class Derived:
         execution: how it does that.
         module: the module, in eval mode, with parameters that need no gradient.
         layer: the layer that it was derived from.
+
+    Attributes:
+        run: what to call instead of the layer's own way. The module has no hooks, so it need not be called itself.
     """
 
+    run: Callable[..., Tensor]
+
     def __init__(self, execution: str, module: nn.Module, layer: nn.Module) -> None:
-        self.execution, self.module = execution, module
+        self.execution, self.module, self.run = execution, module, module.forward
         self.together: Any = None  # by :mod:`_together`
         self._modules = layer._modules
         self._owners = tuple((child, owner) for child, owner in layer._modules.items() if owner is not None)
@@ -84,15 +89,9 @@ class Derived:
     # Not traced by torch.compile, but asked once: a compiled graph holds the tensors that it was made with.
     is_fresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def wants_gradients(self) -> bool:
-        """Say whether a gradient of the factors may be asked for."""
-        return torch.is_grad_enabled() and any(source.tensor.requires_grad for source in self._sources or ())
-
-    @property
-    def run(self) -> Callable[..., Tensor]:
-        """What to call instead of the layer's own way. It has no hooks, so the module itself need not be called."""
-        forward: Callable[..., Tensor] = self.module.forward
-        return forward
+    def has_gradients(self) -> bool:
+        """Say whether a gradient of the factors may be asked for, where gradients are recorded."""
+        return any(source.tensor.requires_grad for source in self._sources or ())
 
     def renew_(self, *, fresh: bool) -> None:
         """Take note of where the factors are now, unless this did not belong to them any more."""
@@ -101,10 +100,13 @@ class Derived:
         self._sources = known and tuple(_Source.of(one.place, one.key, one.tensor) for one in known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_sources": self._sources if self.is_fresh() else None, "together": None}
+        state = vars(self) | {"_sources": self._sources if self.is_fresh() else None, "together": None}
+        del state["run"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.run = self.module.forward
         self.renew_(fresh=True)  # copies lie elsewhere
 
 
@@ -124,7 +126,10 @@ def use_(layer: nn.Module, derived: Derived | None) -> None:
 
 def active(layer: nn.Module) -> Callable[..., Tensor] | None:
     """Return what to run instead of the factors, if there is one and it would give what they give."""
+    # As little as will do: in a model, all that is looked at here comes from memory again at each call.
     derived: Derived | None = layer.__dict__.get(_PLACE)
-    if derived is None or layer.training or derived.wants_gradients() or _is_exporting():
+    if derived is None or layer.training or _is_exporting():
+        return None
+    if torch.is_grad_enabled() and derived.has_gradients():
         return None
     return derived.run if derived.is_fresh() else None

@@ -16,6 +16,7 @@ _ROUNDS = 9
 _WARM_UP = 2
 _LEAST = 1e-3  # seconds that one reading should last, or the clock itself would be what is measured
 _MOST_REPEATS = 50
+_SHORT = 0.02  # seconds; a call that takes no longer is slowed down by what lay in the caches before it
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -89,7 +90,8 @@ def median_nanoseconds(
     Args:
         calls: what to time.
         device: where they compute.
-        before: what to do before each of them, outside of the measured time.
+        before: what to do before each of them, outside of the measured time. Short calls are then made once before
+            they are measured.
         cuda_graphs: whether to record each call as a CUDA graph, once, and time its replays: without what it takes
             the processor to launch it.
 
@@ -99,14 +101,16 @@ def median_nanoseconds(
     ready = before or [lambda: None] * len(calls)
     if cuda_graphs:
         calls, ready = recorded(calls, device, ready), [lambda: None] * len(calls)
-    repeats = []
+    repeats, warm = [], []
     for prepare, call in zip(ready, calls, strict=True):
         prepare()
         first = min(seconds(call, device, 1) for _ in range(_WARM_UP))
         repeats.append(max(1, min(_MOST_REPEATS, math.ceil(_LEAST / max(first, 1e-9)))))
+        warm.append(call if before and first < _SHORT else lambda: None)
     readings: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
-        for prepare, call, times, reading in zip(ready, calls, repeats, readings, strict=True):
+        for prepare, warm_up, call, times, reading in zip(ready, warm, calls, repeats, readings, strict=True):
             prepare()
+            warm_up()
             reading.append(seconds(call, device, times))
     return [max(1, round(1e9 * statistics.median(reading))) for reading in readings]
