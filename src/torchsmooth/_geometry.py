@@ -15,6 +15,8 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# For code that torch.compile may trace: that of torch 2.4 cannot ask for a union.
+ANY_CONVOLUTION: tuple[type[Convolution], ...] = tuple(CONVOLUTIONS.values())
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 TRANSPOSED: dict[int, type[Transposed]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _SIZES = {1: "a number or a tuple of one", 2: "a number or a pair", 3: "a number or a triple"}

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._geometry import Convolution
+from ._geometry import ANY_CONVOLUTION
 from ._linalg import working_copy
 
 if TYPE_CHECKING:
+    from ._geometry import Convolution
     from ._ranks import Team
 
 POSITIONS = 32
@@ -141,7 +142,7 @@ def input_rows(layer: nn.Module, given: Tensor, seed: int) -> Tensor:
         given: its input.
         seed: of the positions; :func:`output_rows` with the same seed gives the outputs of the same rows.
     """
-    if not isinstance(layer, Convolution):
+    if not isinstance(layer, ANY_CONVOLUTION):
         return _drawn(_sequences(given), seed).unsqueeze(0)
     axes = len(layer.kernel_size)
     given = _padded(layer, given if given.dim() == axes + 2 else given.unsqueeze(0))
@@ -166,7 +167,7 @@ def input_rows(layer: nn.Module, given: Tensor, seed: int) -> Tensor:
 
 def output_rows(layer: nn.Module, output: Tensor, seed: int) -> Tensor:
     """Return what comes out of the rows of :func:`input_rows`, ``(groups, rows, out / groups)``."""
-    if not isinstance(layer, Convolution):
+    if not isinstance(layer, ANY_CONVOLUTION):
         return _drawn(_sequences(output), seed).unsqueeze(0)
     output = output if output.dim() == len(layer.kernel_size) + 2 else output.unsqueeze(0)
     return _by_group(_drawn(output.flatten(2).transpose(1, 2), seed), layer.groups)
