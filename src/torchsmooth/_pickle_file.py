@@ -95,9 +95,12 @@ class PickleFile:
     def _load(self) -> Any:
         with self.path.open("rb"):
             pass  # who may not read it hears so from the system; what comes later is about its content
+        if self._mapped and _is_program(self.path):
+            name = repr(os.fspath(self.path))
+            raise ValueError(f"{name} is a TorchScript archive, which is a program: save model.state_dict() instead.")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about archives of TorchScript, which are refused right after
+                warnings.simplefilter("ignore")  # about pickles that torch.save did not write: refused right after
                 return torch.load(str(self.path), map_location="cpu", weights_only=True, mmap=self._mapped)
         except _BROKEN as error:
             raise ValueError(self._refused(error)) from error
@@ -110,8 +113,6 @@ class PickleFile:
                 f"{name} holds more than tensors and plain containers: reading {foreign[1]} would execute code. Where "
                 "you trust the file, load it and save its state_dict() alone."
             )
-        if "TorchScript" in str(error):
-            return f"{name} is a TorchScript archive, which is a program: save model.state_dict() instead."
         return (
             f"{name} cannot be read as a checkpoint ({type(error).__name__}): expected a whole file that torch.save "
             "wrote, or one named .safetensors or .index.json."
@@ -136,6 +137,15 @@ class PickleFile:
         if wrong:
             raise ValueError(f"{name} holds a state dict with a key that is no text: {wrong[0]!r}.")
         return nested[0] if nested else None
+
+
+def _is_program(path: Path) -> bool:
+    """Say whether an archive is one of TorchScript, which ``torch.load`` would load as such before torch 2.6."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False  # what is broken is told by torch.load
 
 
 def _entry_of(tensor: Tensor) -> Entry:
