@@ -140,7 +140,7 @@ class PickleFile:
 
 
 def _is_program(path: Path) -> bool:
-    """Say whether an archive is one of TorchScript, which ``torch.load`` would load as such before torch 2.6."""
+    """Say whether an archive is one of TorchScript, which the ``torch.load`` of torch 2.4 would load as such."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
