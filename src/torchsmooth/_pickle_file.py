@@ -50,7 +50,7 @@ class PickleFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._name = path, repr(os.fspath(path))
         self._content: Any = None
         self._seen = 0
         self._mapped = zipfile.is_zipfile(path)
@@ -96,8 +96,9 @@ class PickleFile:
         with self.path.open("rb"):
             pass  # who may not read it hears so from the system; what comes later is about its content
         if self._mapped and _is_program(self.path):
-            name = repr(os.fspath(self.path))
-            raise ValueError(f"{name} is a TorchScript archive, which is a program: save model.state_dict() instead.")
+            raise ValueError(
+                f"{self._name} is a TorchScript archive, which is a program: save model.state_dict() instead."
+            )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickles that torch.save did not write: refused right after
@@ -106,36 +107,34 @@ class PickleFile:
             raise ValueError(self._refused(error)) from error
 
     def _refused(self, error: Exception) -> str:
-        name = repr(os.fspath(self.path))
         foreign = _FOREIGN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:
             return (
-                f"{name} holds more than tensors and plain containers: reading {foreign[1]} would execute code. Where "
-                "you trust the file, load it and save its state_dict() alone."
+                f"{self._name} holds more than tensors and plain containers: reading {foreign[1]} would execute code. "
+                "Where you trust the file, load it and save its state_dict() alone."
             )
         return (
-            f"{name} cannot be read as a checkpoint ({type(error).__name__}): expected a whole file that torch.save "
-            "wrote, or one named .safetensors or .index.json."
+            f"{self._name} cannot be read as a checkpoint ({type(error).__name__}): expected a whole file that "
+            "torch.save wrote, or one named .safetensors or .index.json."
         )
 
     def _find(self) -> str | None:
         """Return the entry that is the state dict; None for the whole."""
         content = self._content = self._load()
-        name = repr(os.fspath(self.path))
         if not isinstance(content, Mapping):
             raise ValueError(
-                f"{name} holds {with_article(type(content).__name__)}: expected a state dict, model.state_dict()."
+                f"{self._name} holds {with_article(type(content).__name__)}: expected a state dict, model.state_dict()."
             )
         nested = [key for key in _NESTED if isinstance(content.get(key), Mapping) and _holds_tensors(content[key])]
         if not nested and not any(isinstance(value, Tensor) for value in content.values()):
             raise ValueError(
-                f"{name} holds no state dict: expected tensors by name, or those under one of {quoted(_NESTED)}; its "
-                f"keys are {quoted([str(key) for key in content]) or 'none'}."
+                f"{self._name} holds no state dict: expected tensors by name, or those under one of {quoted(_NESTED)}; "
+                f"its keys are {quoted([str(key) for key in content]) or 'none'}."
             )
         state = content[nested[0]] if nested else content
         wrong = [key for key in state if not isinstance(key, str)]
         if wrong:
-            raise ValueError(f"{name} holds a state dict with a key that is no text: {wrong[0]!r}.")
+            raise ValueError(f"{self._name} holds a state dict with a key that is no text: {wrong[0]!r}.")
         return nested[0] if nested else None
 
 
