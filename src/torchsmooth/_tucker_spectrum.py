@@ -10,9 +10,6 @@ from ._tucker import tucker_bases, tucker_energies, tucker_errors, tucker_factor
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How far the energies of the core may be from those of the weight that was decomposed, as shares of the whole.
-_SAME = 1e-6
-
 
 class TuckerSpectrum:
     """Bases of the inputs and of the outputs of a weight, and how its energy spreads over their pairs.
@@ -42,7 +39,7 @@ class TuckerSpectrum:
         return tucker_errors(self._energies)
 
     def factors(self, tensors: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what ``tucker_factors`` does, without decomposing again if these are the tensors known here.
+        """Return what ``tucker_factors`` does, without decomposing again if the bases hold as much of these tensors.
 
         The bases are refined for the pair of ranks in any case.
 
@@ -50,15 +47,7 @@ class TuckerSpectrum:
             tensors: ``(groups, out, in, k)``, those of this spectrum or any others of the same shape.
             ranks: ``(r_in, r_out)``, each 1 … full rank.
         """
-        return tucker_factors(tensors, ranks, self._bases if self._hold(tensors, ranks) else None)
-
-    def _hold(self, tensors: Tensor, ranks: tuple[int, int]) -> bool:
-        """Check that the bases hold as much of the tensors as of those they are from, in each pair up to some ranks."""
-        if self._bases is None:
-            return False
-        outer, inner = self._bases
-        found = tucker_energies(tensors, (outer[..., : ranks[1]], inner[..., : ranks[0]]))
-        return bool(((found - self._energies[: ranks[0], : ranks[1]]).abs() <= _SAME).all())
+        return tucker_factors(tensors, ranks, self._bases, self._energies)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TuckerSpectrum:
         return self  # nothing of it ever changes
