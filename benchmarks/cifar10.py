@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from cifar10_candidates import PENALTIES, Candidate, expanded, strengths, usual_strength
-from cifar10_frontier import METHODS, Measuring, calibration_batches, measure
+from cifar10_frontier import CALIBRATION_IMAGES, METHODS, Measuring, calibration_batches, measure
 from cifar10_recipes import Recipe, Run
 from cifar10_results import Results
 from cifar10_strengths import chosen_strength, format_strengths
@@ -98,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/cifar10"), help="folder of results and networks")
     add("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="none: only train, measure only dense")
     add("--ratios", nargs="+", type=float, default=list(RATIOS), help="fractions of all parameters to remove")
+    add("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="training images that methods with data see")
     add("--again", action="store_true", help="measure what is in the results already, too")
     add("--images", type=int, help="training images, for a trial; by default all 45,000")
     add("--test-images", type=int, help="to measure on, for a trial; by default all")
@@ -114,8 +115,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments.ratios = sorted({*arguments.ratios, *_own_ratios(arguments)})
     if not 0 < arguments.ratios[0] <= arguments.ratios[-1] < 1:
         parser.error("--ratios and --wanted-ratio must be strictly between 0 and 1")
-    if min(arguments.epochs, arguments.images or 1, arguments.test_images or 1, arguments.threads or 1) < 1:
-        parser.error("--epochs, --images, --test-images and --threads must be at least 1")
+    counts = ("epochs", "images", "test_images", "calibration_images", "threads")
+    given = [getattr(arguments, name) for name in counts]
+    if any(one is not None and one < 1 for one in given):
+        parser.error(f"{', '.join('--' + name.replace('_', '-') for name in counts)} must be at least 1")
     arguments.width = arguments.width or ARCHITECTURES[arguments.network].width
     return arguments
 
@@ -140,7 +143,7 @@ def main() -> None:
     measuring = Measuring(
         splits.held_out if arguments.choose_strength else splits.test,
         split,
-        calibration_batches(splits.train),
+        calibration_batches(splits.train, arguments.calibration_images),
         methods,
         arguments.ratios,
     )

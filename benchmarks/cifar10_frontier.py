@@ -53,6 +53,16 @@ METHODS = {
 }
 
 
+def with_images(label: str, images: int) -> str:
+    """Name a row by how many images it saw, unless these are the usual ones.
+
+    Args:
+        label: what the row is called with ``CALIBRATION_IMAGES``.
+        images: how many were used for calibration and BatchNorm.
+    """
+    return label if images == CALIBRATION_IMAGES else f"{label}, {images:,} images"
+
+
 class Measuring(NamedTuple):
     """On what, by which methods and at which ratios networks are measured.
 
@@ -71,16 +81,17 @@ class Measuring(NamedTuple):
     ratios: Sequence[float]
 
 
-def calibration_batches(images: Images) -> list[torch.Tensor]:
+def calibration_batches(images: Images, count: int = CALIBRATION_IMAGES) -> list[torch.Tensor]:
     """Take the first training images, cropped and mirrored as they are in training, always in the same way.
 
     Args:
         images: what networks are trained on, on any device.
+        count: how many to take.
 
     Returns:
         Scaled images in batches, on that device.
     """
-    chosen = images.pixels[:CALIBRATION_IMAGES].cpu()
+    chosen = images.pixels[:count].cpu()
     pixels = augmented(chosen, torch.Generator().manual_seed(1), BORDER).to(images.pixels.device)
     return list(normalise(pixels).split(_BATCH_SIZE))
 
@@ -120,12 +131,15 @@ class _Bench:
         self._labels = measuring.images.labels.to(device)
         self._normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         self._total = sum(parameter.numel() for parameter in model.parameters())
+        self._seen = sum(map(len, measuring.batches))
         self._facts = asdict(run) | {"split": measuring.split, "images": len(self._labels)}
         self._device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
     def lines(self, method: Method, ratios: Sequence[float]) -> Iterator[Line]:
         """Yield the lines of a method at all ratios, measured where they are missing."""
-        labels = [method.label, method.recalibrated] if method.recalibrated and self._normed else [method.label]
+        labels = [with_images(method.label, self._seen) if method.calibrated else method.label]
+        if method.recalibrated and self._normed:
+            labels.append(with_images(method.recalibrated, self._seen))
         keys = {ratio: [self._facts | {"method": label, "ratio": ratio} for label in labels] for ratio in ratios}
         missing = [
             ratio for ratio in ratios if self._again or any(self._results.get(key) is None for key in keys[ratio])
@@ -157,7 +171,7 @@ class _Bench:
 
     def _circumstances(self) -> Line:
         return {
-            "calibration_images": sum(map(len, self._batches)),
+            "calibration_images": self._seen,
             "device": self._device,
             "torch": torch.__version__,
             "torchsmooth": torchsmooth.__version__,
