@@ -41,7 +41,7 @@ def check_all_executions(layer, inputs):
     for execution in EXECUTIONS:
         derived = derive(layer, execution)
         if derived is None:
-            assert execution in ("pivoted", "padded", "fused")
+            assert execution in ("pivoted", "padded", "packed", "packed_dense", "fused")
             continue
         before = snapshot(layer)
         use_(layer, derived)
@@ -99,8 +99,9 @@ def test_a_padded_rank_is_a_multiple_of_eight_or_the_whole_side(dense, rank, sch
 
 
 def test_what_is_tried_by_default_depends_on_the_device():
-    assert default_executions(torch.device("cpu")) == ("factored", "pivoted", "dense")
+    assert default_executions(torch.device("cpu")) == ("factored", "pivoted", "packed", "dense", "packed_dense")
     assert default_executions(torch.device("cuda")) == ("factored", "pivoted", "padded", "dense")
+    assert default_executions(torch.device("mps")) == ("factored", "pivoted", "dense")
 
 
 def test_cuda_graphs_need_a_cuda_device():
@@ -264,6 +265,12 @@ def compressed_resnet():
     return model, randn(2, 3, 16, 16, seed=4, dtype=torch.float32)
 
 
+def measured(function):
+    """Return the module that a measured call runs; of what is merged and called directly, one of the same class."""
+    merged = {torch.conv2d: nn.Conv2d(1, 1, 1), nn.functional.linear: nn.Linear(1, 1)}
+    return merged.get(function) or function.__self__
+
+
 class FakeClock:
     """Stands in for the measurement: names the time of every call by how layers are run at that moment."""
 
@@ -277,7 +284,7 @@ class FakeClock:
         if before is None:  # single layers
             for call in calls:
                 call()
-            return [self.layer(call.func.__self__) for call in calls]
+            return [self.layer(measured(call.func)) for call in calls]
         times = []
         for prepare, call in zip(before, calls, strict=True):
             prepare()
@@ -303,6 +310,7 @@ def test_the_fastest_way_is_taken_for_each_layer(monkeypatch):
     report = torchsmooth.tune_(model, inputs, memory_format="keep")
     assert {layer.execution for layer in low_rank_layers(model)} == {"pivoted"}
     assert {layer.execution for layer in report.layers} == {"pivoted"}
+    # Convolutions are not packed in this memory format.
     assert report.layers[0].seconds == {"factored": 1e-6, "pivoted": 5e-7, "dense": 8e-7}
     assert (report.seconds_before, report.seconds_after, report.memory_format) == (1e-6, 9e-7, "kept")
     assert report.seconds_dense == 1e-6
@@ -370,6 +378,35 @@ def test_a_convolution_over_three_axes_may_stand_beside_one_in_channels_last(mon
     monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 1 if s[1] else 9))
     assert torchsmooth.tune_(model, inputs).memory_format == "channels_last"
     assert close(run(model, inputs), expected, 1e-5)
+
+
+class Viewed(nn.Module):
+    """Views what a convolution returns as rows, which in channels_last is not possible."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = fill_(nn.Conv2d(3, 16, 3), 0)
+        self.linear = fill_(nn.Linear(16 * 36, 5), 1)
+
+    def forward(self, inputs):
+        return self.linear(self.convolution(inputs).view(len(inputs), -1))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_model_that_fails_in_channels_last_is_tuned_without(monkeypatch, faster):
+    model, inputs = Viewed().eval(), randn(2, 3, 8, 8, seed=0, dtype=torch.float32)
+    torchsmooth.svd_compress_(model, 0.1, filter_fn=lambda _, name: name == "convolution")
+    expected, before = run(model, inputs), snapshot(model)
+    monkeypatch.setattr(tuning, "median_nanoseconds", FakeClock(dense_is_faster, lambda s: 9 if s[1] == faster else 10))
+    report = torchsmooth.tune_(model, inputs)
+    assert report.memory_format == "kept"
+    assert report.note.startswith("in channels last the model fails: RuntimeError: view size is not compatible")
+    assert str(report).endswith(f"memory format kept ({report.note})")
+    assert close(run(model, inputs), expected, 1e-6)
+    assert same(snapshot(model), before)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # but a model that fails as it is, fails
+        torchsmooth.tune_(model, randn(2, 3, 9, 9, seed=0, dtype=torch.float32))
+    assert close(run(model, inputs), expected, 1e-6)
 
 
 def test_tuning_for_real_changes_no_result():
@@ -567,7 +604,7 @@ def test_bad_arguments_are_refused_before_anything_is_run():
     model.register_forward_pre_hook(lambda *_: pytest.fail("run"))
     with pytest.raises(
         TypeError,
-        match=r"^executions must be a sequence of names out of 'dense', 'factored', 'fused', 'padded', 'pivoted'",
+        match=r"^executions must be a sequence of names out of 'dense', 'factored', .*, 'pivoted', got str 'dense'",
     ):
         torchsmooth.tune_(model, inputs, executions="dense")
     with pytest.raises(ValueError, match=r"^executions must be one of 'factored', .*; got str 'merged'"):

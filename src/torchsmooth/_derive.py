@@ -11,6 +11,7 @@ from ._execution import Derived
 from ._fused_layers import FusedExecution, why_not_fused
 from ._layers import KINDS
 from ._lowrank_layer import LowRankLayer, TwoFactorLayer
+from ._packed import PackedExecution, why_not_packed
 from .lowrank_embedding import LowRankEmbedding
 from .tucker import TuckerConv2d
 
@@ -31,16 +32,18 @@ def is_tunable(module: nn.Module) -> bool:
     return isinstance(module, _TUNABLE) and not isinstance(module, LowRankEmbedding)
 
 
-def derive(layer: LowRankLayer, execution: str) -> Derived | None:
+def derive(layer: LowRankLayer, execution: str, example: object = None) -> Derived | None:
     """Derive a module that computes what a layer computes, in another way.
 
     Args:
         layer: one that :func:`is_tunable`, not quantised; it is not changed.
         execution: one of ``EXECUTIONS``.
+        example: an input of the layer, for which weights are packed.
 
     Returns:
         The module, on the same device, in the same dtype and memory format; None where there is none: at full rank
-        there is no pivoted form, a rank may need no padding, or :func:`why_not_fused` has a reason.
+        there is no pivoted form, a rank may need no padding, or :func:`why_not_fused` or ``why_not_packed`` has a
+        reason.
 
     Raises:
         ValueError: if the factors are no plain parameters.
@@ -52,9 +55,27 @@ def derive(layer: LowRankLayer, execution: str) -> Derived | None:
         module: Any = dense
         if execution == "padded":
             module = _padded(layer, dense)
+        elif execution == "packed":
+            module = _packed(layer if layer.form == "factored" else _in_form(layer, dense, "factored"), example)
+        elif execution == "packed_dense":
+            module = _packed(dense, example)
         elif execution != "dense":
             module = _in_form(layer, dense, cast("Form", execution))
     return None if module is None else Derived(execution, module.eval().requires_grad_(requires_grad=False), layer)
+
+
+def _packed(module: nn.Module | None, example: Any) -> PackedExecution | None:
+    if module is None:
+        return None
+    children = getattr(module, "factor_children", ())
+    # From the input to the output.
+    layers: list[Any] = [getattr(module, name) for name in reversed(children)] or [module]
+    if why_not_packed(layers, example):
+        return None
+    try:
+        return PackedExecution(layers, example)
+    except (AttributeError, RuntimeError):  # a torch, or a processor, without these kernels for this dtype
+        return None
 
 
 def _padded(layer: Any, dense: nn.Module) -> LowRankLayer | None:

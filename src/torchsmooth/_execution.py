@@ -8,16 +8,19 @@ nobody has changed them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-Execution = Literal["factored", "pivoted", "padded", "dense", "fused"]
+Execution = Literal["factored", "pivoted", "padded", "packed", "dense", "packed_dense", "fused"]
 
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 
@@ -53,13 +56,18 @@ class Derived:
 
     Attributes:
         run: what to call instead of the layer's own way. The module has no hooks, so it need not be called itself.
+        suits: says of an input whether it can be run like this; None where each can.
+        traced: what ``torch.compile`` takes instead where it cannot trace ``run``.
     """
 
     run: Callable[..., Tensor]
+    suits: Callable[[Tensor], bool] | None
+    traced: Callable[..., Tensor] | None
 
     def __init__(self, execution: str, module: nn.Module, layer: nn.Module) -> None:
-        self.execution, self.module, self.run = execution, module, module.forward
+        self.execution, self.module = execution, module
         self.together: Any = None  # by :mod:`_together`
+        self.rewire_()
         self._modules = layer._modules
         self._owners = tuple((child, owner) for child, owner in layer._modules.items() if owner is not None)
         # None once the factors are not those any more that this was made of.
@@ -89,24 +97,36 @@ class Derived:
     # Not traced by torch.compile, but asked once: a compiled graph holds the tensors that it was made with.
     is_fresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def has_gradients(self) -> bool:
+    def can_be_traced(self) -> bool:
+        """Say whether there is something that ``torch.compile`` can trace, made when it is asked for."""
+        self.traced = self.traced or cast("Any", self.module).traced()
+        return self.traced is not None and self.is_fresh()
+
+    can_be_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def need_gradients(self) -> bool:
         """Say whether a gradient of the factors may be asked for, where gradients are recorded."""
         return any(source.tensor.requires_grad for source in self._sources or ())
+
+    def rewire_(self) -> None:
+        """Take note of what is to be called, once the module or its parameters are others."""
+        self.run, self.suits, self.traced = _direct(self.module), getattr(self.module, "suits", None), None
 
     def renew_(self, *, fresh: bool) -> None:
         """Take note of where the factors are now, unless this did not belong to them any more."""
         self.together = None  # what is moved or copied does not lie side by side any more
         known = self._sources if fresh else None
         self._sources = known and tuple(_Source.of(one.place, one.key, one.tensor) for one in known)
+        self.rewire_()
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self) | {"_sources": self._sources if self.is_fresh() else None, "together": None}
-        del state["run"]
+        for made in ("run", "suits", "traced"):
+            del state[made]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.run = self.module.forward
         self.renew_(fresh=True)  # copies lie elsewhere
 
 
@@ -124,12 +144,28 @@ def use_(layer: nn.Module, derived: Derived | None) -> None:
         layer.__dict__[_PLACE] = derived
 
 
-def active(layer: nn.Module) -> Callable[..., Tensor] | None:
-    """Return what to run instead of the factors, if there is one and it would give what they give."""
+def active(layer: nn.Module, input: Tensor) -> Callable[..., Tensor] | None:  # noqa: A002 - as torch's layers have it
+    """Return what to run on an input instead of the factors, if there is one and it would give what they give."""
     # As little as will do: in a model, all that is looked at here comes from memory again at each call.
     derived: Derived | None = layer.__dict__.get(_PLACE)
     if derived is None or layer.training or _is_exporting():
         return None
-    if torch.is_grad_enabled() and derived.has_gradients():
+    if torch.is_grad_enabled() and derived.need_gradients():
         return None
+    if derived.suits is not None:
+        if torch.compiler.is_compiling():
+            return derived.traced if derived.can_be_traced() else None
+        if not derived.suits(input):
+            return None
     return derived.run if derived.is_fresh() else None
+
+
+def _direct(module: nn.Module) -> Callable[..., Tensor]:
+    """Return what a module computes, without what it asks itself at each call where that can be left out."""
+    if type(module) is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        names = ("weight", "bias", "stride", "padding", "dilation", "groups")
+        return partial(torch.conv2d, **{name: getattr(module, name) for name in names})
+    forward: Callable[..., Tensor] = module.forward
+    return forward

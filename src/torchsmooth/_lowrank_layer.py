@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ._checks import is_quantised
-from ._execution import active, derived_of
+from ._execution import active, derived_of, use_
 from ._given_factors import checked_copies
 from ._leading import truncated_factors
 from ._linalg import balanced, clamped, working_copy
@@ -109,9 +109,13 @@ class LowRankLayer(nn.Module):
         derived = derived_of(self)
         fresh = derived is not None and derived.is_fresh()
         done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if derived is not None:
+        if derived is None:
+            return done
+        if derived.suits is None:
             derived.module._apply(fn)  # type: ignore[no-untyped-call]
             derived.renew_(fresh=fresh)
+        elif not derived.is_fresh():  # what is packed for one device and dtype is of no use in another
+            use_(self, None)
         return done
 
     def _factor(self, child: str) -> Tensor:
@@ -150,7 +154,7 @@ class TwoFactorLayer(LowRankLayer):
             What the dense layer with the weight ``self.weight`` returns, to rounding.
         """
         output: Tensor
-        derived = active(self)
+        derived = active(self, input)
         if derived is not None:
             output = derived(input)
         elif "merge" in self._modules:

@@ -89,7 +89,7 @@ class LowRankTransposedConvolution(ConvolutionInTwo):
         if output_size is None:  # also where a factor is now of another class, which may not know of sizes
             return super().forward(input)
         output: Tensor
-        derived = active(self)
+        derived = active(self, input)
         if derived is not None:
             output = derived(input, output_size)
         elif "split" in self._modules:

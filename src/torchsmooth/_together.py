@@ -45,6 +45,7 @@ def join_(derived: Sequence[Derived | None]) -> None:
             for module, part in zip(modules, () if whole is None else torch.split(whole, lengths), strict=False):
                 module.register_parameter(name, nn.Parameter(part, requires_grad=False))
     for one in members:
+        one.rewire_()
         one.together = Together(members, weight, bias, lengths)
 
 
@@ -63,6 +64,7 @@ def run_together(layers: Sequence[nn.Module], input: Tensor) -> tuple[Tensor, ..
     if together is None or not isinstance(input, Tensor):  # a proxy of a symbolic trace
         return None
     for layer, one in zip(layers, together.members, strict=True):
-        if derived_of(layer) is not one or active(layer) is None or layer._forward_hooks or layer._forward_pre_hooks:
+        hooks = layer._forward_hooks or layer._forward_pre_hooks
+        if hooks or derived_of(layer) is not one or active(layer, input) is None:
             return None
     return torch.split(F.linear(input, together.weight, together.bias), together.lengths, -1)

@@ -141,7 +141,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             ``(N, out, H', W')`` or ``(out, H', W')``, of the size that ``nn.Conv2d`` makes.
         """
         output: Tensor
-        derived = active(self)
+        derived = active(self, input)
         if derived is not None:
             output = derived(input)
             return output

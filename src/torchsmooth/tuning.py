@@ -23,6 +23,7 @@ from ._timing import median_nanoseconds
 from ._together import join_
 from ._undo import Undo
 from .attention import LowRankMultiheadAttention
+from .lowrank import LowRankLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ MemoryFormat = Literal["auto", "keep"]
 # By what share another way has to be faster to be taken: less than that is chance.
 _MARGIN = 0.03
 
+_PACKED = ("packed", "packed_dense")
+
 
 @dataclass(frozen=True)
 class TunedLayer:
@@ -48,7 +51,8 @@ class TunedLayer:
         name: qualified name in the model, the first one if it has several.
         type: class name.
         form: how its factors are stored.
-        execution: how it is run from now on: ``"factored"``, ``"pivoted"``, ``"padded"``, ``"dense"`` or ``"fused"``.
+        execution: how it is run from now on: ``"factored"``, ``"pivoted"``, ``"padded"``, ``"packed"``, ``"dense"``,
+            ``"packed_dense"`` or ``"fused"``.
         seconds: for each way that was tried, what one call took, alone.
         note: what else there is to say.
     """
@@ -72,13 +76,14 @@ class TuningReport:
         seconds_after: what it takes now, measured in turn with that.
         seconds_dense: what it takes with all layers merged to dense weights, measured in turn with those; None where
             that was not among ``executions``, or layers cannot be merged.
+        note: what else there is to say.
 
     Example:
         >>> import torch, torchsmooth
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
         >>> report = torchsmooth.svd_compress_(model, ratio=0.5)
         >>> tuned = torchsmooth.tune_(model.eval(), torch.zeros(8, 64))
-        >>> [layer.execution in ("factored", "pivoted", "dense") for layer in tuned.layers]
+        >>> [layer.execution in layer.seconds for layer in tuned.layers]
         [True, True]
     """
 
@@ -87,6 +92,7 @@ class TuningReport:
     seconds_before: float
     seconds_after: float
     seconds_dense: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         header = ("layer", "type", "stored", "run", *(f"{one} ms" for one in self._tried()), "note")
@@ -102,7 +108,7 @@ class TuningReport:
         before, after = format_milliseconds(self.seconds_before), format_milliseconds(self.seconds_after)
         share = format_share(self.seconds_after, self.seconds_before)
         dense = "" if self.seconds_dense is None else f", all layers dense {format_milliseconds(self.seconds_dense)} ms"
-        kept = self.memory_format.replace("_", " ")
+        kept = self.memory_format.replace("_", " ") + (f" ({self.note})" if self.note else "")
         return f"{table}\nas stored {before} → tuned {after} ms ({share}){dense}; memory format {kept}"
 
     def _tried(self) -> list[str]:
@@ -122,25 +128,33 @@ def tune_(
 
     A layer can be run from its factors as they are stored, in the other form, with its rank padded to a multiple of
     eight (in half precision a GPU is several times slower at others), by one fused operator, or with the factors merged
-    to a dense weight. What that takes is derived from the factors and kept beside them, in memory only: parameters and
-    state dict stay as small as they were. The model is timed as a whole, too, with all layers as chosen, all as stored
-    and all dense, and what is fastest stays: the model comes out no slower than either, to the accuracy of the clock.
+    to a dense weight; on a CPU also with the weights of factors, or the dense one, packed: laid out once as the kernels
+    of oneDNN want them, and not at each call. What that takes is derived from the factors and kept beside them, in
+    memory only: parameters and state dict stay as small as they were. The model is timed as a whole, too, with all
+    layers as chosen, all as stored and all dense, and what is fastest stays: the model comes out no slower than either,
+    to the accuracy of the clock.
 
     What was chosen is used in eval mode and without gradients (``torch.no_grad`` or ``torch.inference_mode``, or where
     no factor requires any), as long as the factors are those that were there; otherwise the factors are run as they
     are stored. (A change through ``.data`` cannot be seen: tune again after one.) So train, load or quantise first, and
-    tune last. ``executions=["factored", "pivoted"]`` keeps layers from being merged, which saves memory.
+    tune last. ``executions=["factored", "pivoted"]`` keeps layers from being merged or packed, which saves memory.
+
+    Packed weights are used by plain calls in eager mode: under ``torch.compile`` a merged layer is run by an ordinary
+    dense weight and others by their factors, under autocast, in a trace or a transform of ``torch.func`` all by their
+    factors. They are not taken along to another device or dtype.
 
     Args:
         model: with low-rank layers, on the device and in the dtype that it will run in. The mode does not matter.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; of the batch size to
             tune for. The model is run on them.
         executions: the ways to choose from, besides the one that is stored; None for ``"factored"``, ``"pivoted"`` and
-            ``"dense"``, on CUDA ``"padded"``, too. ``"fused"``, by one operator with a kernel of ``torchsmooth.fused``,
-            is tried only where it is named here: a kernel is compiled and tuned for each shape, which takes some
-            seconds for each.
+            ``"dense"``, too ``"packed"`` (factors) and ``"packed_dense"`` on a CPU, and ``"padded"`` on CUDA.
+            Convolutions are packed in ``torch.channels_last`` alone. ``"fused"``, by one operator with a kernel of
+            ``torchsmooth.fused``, is tried only where it is named here: a kernel is compiled and tuned for each shape,
+            which takes some seconds for each.
         memory_format: ``"auto"`` also tries convolution weights in ``torch.channels_last``, and leaves them so where
-            that is faster; ``"keep"`` does not. What ``state_dict()`` returns is in the memory format of the model.
+            that is faster; ``"keep"`` does not. A model that fails like that keeps what it has, which the report says.
+            What ``state_dict()`` returns is in the memory format of the model.
         cuda_graphs: whether to time CUDA graphs, as the model will be run (by ``torch.cuda.graph``, or by
             ``torch.compile`` with ``mode="reduce-overhead"``). Launching a kernel can take longer than what it does: of
             small batches, two small products take longer than one large one, unless they are recorded.
@@ -183,8 +197,8 @@ def tune_(
 
 def default_executions(device: torch.device) -> tuple[str, ...]:
     """List the ways that are tried on a device where none are named."""
-    left_out = ("fused",) if device.type == "cuda" else ("fused", "padded")
-    return tuple(one for one in EXECUTIONS if one not in left_out)
+    left_out = {"cuda": _PACKED, "cpu": ("padded",)}.get(device.type, ("padded", *_PACKED))
+    return tuple(one for one in EXECUTIONS if one not in ("fused", *left_out))
 
 
 def _check_graphs(asked: object, device: torch.device) -> None:
@@ -199,9 +213,8 @@ def _check_graphs(asked: object, device: torch.device) -> None:
 
 def _checked_executions(executions: object) -> tuple[str, ...]:
     if isinstance(executions, str) or not isinstance(executions, Sequence):
-        raise TypeError(
-            f"executions must be a sequence of names out of {quoted(EXECUTIONS)}, got {describe(executions)}."
-        )
+        known = quoted(EXECUTIONS, len(EXECUTIONS))
+        raise TypeError(f"executions must be a sequence of names out of {known}, got {describe(executions)}.")
     for one in executions:
         check_choice(one, "executions", EXECUTIONS)
     return tuple(one for one in EXECUTIONS if one in executions)
@@ -234,6 +247,7 @@ class _Tuner:
     show: bool | None
     notes: dict[str, str] = field(default_factory=dict)
     given: list[Placed] = field(init=False)
+    note: str = ""
 
     def tune_(self, *, try_channels_last: bool) -> TuningReport:
         self.given = as_they_are(self.model)
@@ -247,7 +261,14 @@ class _Tuner:
             settings: list[_Setting] = []
             times: list[dict[str, dict[str, float]]] = []
             for placed in formats:
-                found, measured = self._settings_in(placed)
+                try:
+                    found, measured = self._settings_in(placed)
+                except Exception as error:
+                    if placed is given.placed:
+                        raise
+                    # Such as a view of what a convolution returns: nobody has asked for this format.
+                    self.note = f"in channels last the model fails: {type(error).__name__}: {error}".splitlines()[0]
+                    continue
                 settings += found
                 times += [measured] * len(found)
             seconds = self._compare(settings)
@@ -271,39 +292,43 @@ class _Tuner:
         known: dict[object, dict[str, float]] = {}
         measured: dict[str, dict[str, float]] = {}
         chosen: dict[LowRankLayer, Derived | None] = {}
+        packed: dict[LowRankLayer, Derived | None] = {}
         dense: dict[LowRankLayer, Derived | None] = {}
         for name, layer in show_progress(self.layers.items(), "Tuning layers", len(self.layers), self.show):
-            chosen[layer] = dense[layer] = None
+            chosen[layer] = packed[layer] = dense[layer] = None
             if layer not in calls:
                 self.notes[name] = "never called"
                 continue
             args = calls[layer].args
             key = _alike(layer, args)
             if key not in known:
-                ways = self._ways(name, layer, self.allowed, last=last)
+                ways = self._ways(name, layer, self.allowed, args, last=last)
                 known[key] = _measure(layer, ways, args, graphs=self.graphs)
             measured[name] = times = known[key]
             fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
+            # Alone, a layer finds its weight in the caches, and laying it out takes less than in the model.
+            fastest_packed = min((way for way in times if way in _PACKED), key=times.__getitem__, default=fastest)
             # Of the others nothing is needed any more, and pivots take a while to find.
-            wanted = [one for one in self.allowed if one in (fastest, "dense", "fused")]
-            ways = self._ways(name, layer, wanted, last=last)
-            chosen[layer], dense[layer] = ways[fastest], ways.get("dense")
+            wanted = [one for one in self.allowed if one in (fastest, fastest_packed, "dense", "fused")]
+            ways = self._ways(name, layer, wanted, args, last=last)
+            chosen[layer], packed[layer], dense[layer] = ways[fastest], ways[fastest_packed], ways.get("dense")
         merged: Any = dense  # projections need not be low-rank layers
         for attention in (one for one in self.model.modules() if isinstance(one, LowRankMultiheadAttention)):
             join_([merged.get(one) for one in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        others = [_Setting(placed, one) for one in (chosen, dense) if any(one.values())]
-        return [stored, *others], measured
+        ways_of_all = [chosen, *([packed] if packed != chosen else []), dense]
+        return [stored, *(_Setting(placed, one) for one in ways_of_all if any(one.values()))], measured
 
     def _ways(
-        self, name: str, layer: LowRankLayer, executions: Sequence[str], *, last: bool
+        self, name: str, layer: LowRankLayer, executions: Sequence[str], args: tuple[Any, ...], *, last: bool
     ) -> dict[str, Derived | None]:
         """Derive what a layer could be run by, besides its factors as they are stored."""
         ways: dict[str, Derived | None] = {layer.form: None}
         for execution in executions:
-            if execution == layer.form:
+            # What packed convolutions return has the channels last: with others, shapes would be the same, strides not.
+            if execution == layer.form or (execution in _PACKED and not last and not isinstance(layer, LowRankLinear)):
                 continue
             try:
-                derived = derive(layer, execution)
+                derived = derive(layer, execution, args[0] if args else None)
             except ValueError as error:
                 self.notes[name] = f"as stored: {error}"
                 break
@@ -341,7 +366,8 @@ class _Tuner:
                 )
             )
         changed = differ(as_they_are(self.model), self.given)
-        return TuningReport(tuple(layers), "channels_last" if changed else "kept", before, after, dense)
+        memory_format = "channels_last" if changed else "kept"
+        return TuningReport(tuple(layers), memory_format, before, after, dense, self.note)
 
 
 def _alike(layer: LowRankLayer, args: tuple[Any, ...]) -> object:
@@ -357,6 +383,6 @@ def _measure(
 ) -> dict[str, float]:
     """Time one call of a layer in several ways."""
     with observing(layer):
-        calls = [partial((layer if derived is None else derived.module).forward, *args) for derived in ways.values()]
+        calls = [partial(layer.forward if derived is None else derived.run, *args) for derived in ways.values()]
         times = median_nanoseconds(calls, device_of(layer), cuda_graphs=graphs)
     return {way: time / 1e9 for way, time in zip(ways, times, strict=True)}
