@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from harness import alternating_seconds, graphed, make_parser, once, publish_tables, read_arguments
-from inference_candidates import DENSE, EQUAL, FOLDED, GROUPS, Candidate, Subject
+from inference_candidates import DENSE, EQUAL, FOLDED, GROUPS, PACKED, Candidate, Subject
 from peers import PEERS
 from timed_models import ABOUT_WEIGHTS, MODELS
 from tqdm import tqdm
@@ -236,7 +236,9 @@ def notes_of(arguments: argparse.Namespace, absent: Sequence[str]) -> Iterator[s
         "torch.utils.flop_counter), which is the limit, and the share of the limit that was reached. A tuned model "
         "is held to the limit of the same model before it was tuned. Target latency: planned and run with the channels "
         "of images last. BatchNorm folded: by ``fold_batchnorm_``, which the dense model can have, too; so there the "
-        "speed-up over that one comes second."
+        "speed-up over that one comes second. On a CPU ``tune_`` packs weights, which the dense model's are not: "
+        f"{PACKED} is the model for parameters with each layer that was compressed merged to a dense weight again, and "
+        "packed."
     )
     yield f"{ABOUT_WEIGHTS} A sample of the Llama-like block is 128 tokens."
     if arguments.device.startswith("cuda"):

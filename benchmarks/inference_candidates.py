@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DENSE = "dense"
 FOLDED = "BatchNorm folded"  # into the convolutions before, dense or low-rank
 EQUAL = "equal ranks"  # beside the targets: what peers are compared at
+PACKED = "all dense, weights packed"  # what packing gains without low rank
 _LAST = torch.channels_last
 
 
@@ -163,6 +164,8 @@ class Subject:
             one = partial(Candidate, inputs=given, fewer=limit)
             yield one(name, small)
             yield _made(one(f"{name}, tune_"), partial(tuned, small, given, **tuning))
+            if group == "params" and self.device == "cpu":
+                yield _made(one(PACKED), partial(tuned, small, given, executions=["packed_dense"]))
             if normed and GROUPS[group].is_folded:
                 yield _made(one(f"{name}, {FOLDED}, tune_"), partial(_folded_and_tuned, small, given, **tuning))
             if group == EQUAL:
