@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import torchsmooth
 from tests.networks import same, snapshot
@@ -39,17 +40,16 @@ def joined(layer, executions=("dense", "dense", "dense")):
     return layer
 
 
-class Products:
-    """Counts the linear products of a call."""
+class Products(TorchFunctionMode):
+    """Counts the linear products of calls while it is active."""
 
-    def __init__(self, monkeypatch):
-        self.count, linear = 0, F.linear
+    def __init__(self):
+        super().__init__()
+        self.count = 0
 
-        def counted(*args):
-            self.count += 1
-            return linear(*args)
-
-        monkeypatch.setattr(F, "linear", counted)
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is F.linear
+        return function(*args, **(kwargs or {}))
 
 
 def run(layer, *inputs, **options):
@@ -65,24 +65,22 @@ def test_one_product_gives_what_three_give(seed, bias, batched, rank):
     expected, before = run(layer, x, x, x), snapshot(layer)
     joined(layer)
     assert run_together([getattr(layer, name) for name in PROJECTIONS], x) is None  # with gradients
-    with pytest.MonkeyPatch.context() as patch:
-        products = Products(patch)
+    with Products() as products:
         found = run(layer, x, x, x)
     assert products.count == 2 + 1  # the factors of out_proj
     assert torch.allclose(found, expected, atol=1e-10)
     assert same(snapshot(layer), before)
 
 
-def test_other_inputs_gradients_hooks_and_changed_factors_take_three(monkeypatch):
+def test_other_inputs_gradients_hooks_and_changed_factors_take_three():
     layer = joined(low_rank_attention(0))
     x, y = randn(2, 5, 12, seed=1), randn(2, 5, 12, seed=2)
     plain = low_rank_attention(0)
-    products = Products(monkeypatch)
 
     def takes(count, *inputs):
-        before = products.count
-        found, taken = run(layer, *inputs), products.count - before
-        return taken == count and torch.allclose(found, run(plain, *inputs), atol=1e-10)
+        with Products() as products:
+            found = run(layer, *inputs)
+        return products.count == count and torch.allclose(found, run(plain, *inputs), atol=1e-10)
 
     assert takes(3, x, x, x)
     assert takes(5, x, y, y)
