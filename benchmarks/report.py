@@ -39,7 +39,8 @@ without labels; the same step for every method. “+ calibration”: `svd_compre
 images, which fits factors, biases and BatchNorm statistics in closed form. “structured”: channels of least norm are
 cut out by dependency groups (Torch-Pruning). “unstructured”: the weights of least magnitude in the whole network
 become zero (`torch.nn.utils.prune.global_unstructured`); zeros count as removed, though no file and no clock does
-so. The other rows saw no data. “–”: the ratio cannot be reached."""
+so. The other rows saw no data. Where a table names a number of images, both used that many. “–”: the ratio cannot be
+reached, or was not measured."""
 
 
 def write_report(lines: Sequence[Line], networks: Sequence[Path], folder: Path) -> Path:

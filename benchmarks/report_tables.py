@@ -196,7 +196,9 @@ def _dense(group: Group) -> str:
 def _by_method(group: Group) -> str:
     """Make a table for each method, with a row for each penalty, the best mean of each column in bold."""
     parts = []
-    for method in METHODS:
+    # What saw another number of images comes last.
+    others = sorted({line["method"] for line in group.lines if line["ratio"] > 0} - {*METHODS})
+    for method in (*METHODS, *others):
         cells = {
             (candidate, ratio): group.values(candidate, method, ratio)
             for candidate in group.found

@@ -105,6 +105,28 @@ def measuring(images, methods=tuple(frontier.METHODS), ratios=(0.7, 0.9999)):
     return frontier.Measuring(images, "test", batches, methods, ratios)
 
 
+@pytest.fixture
+def usual_images(monkeypatch):
+    """Let the few images of these tests be as many as usual."""
+    monkeypatch.setattr(frontier, "CALIBRATION_IMAGES", 16)
+
+
+def test_another_number_of_images_makes_rows_of_its_own(tmp_path):
+    model, images, path = small_resnet(width=4), random_images(20, 7), tmp_path / "results.jsonl"
+    lines = frontier.measure(
+        model, small_run(), measuring(images, ["calibration", "unstructured"], [0.5]), Results(path)
+    )
+    assert [line["method"] for line in lines] == [
+        "dense",
+        "dense + BatchNorm, 16 images",
+        "SVD + calibration, 16 images",
+        "unstructured",
+        "unstructured + BatchNorm, 16 images",
+    ]
+    assert {line["calibration_images"] for line in lines} == {16}
+
+
+@pytest.mark.usefixtures("usual_images")
 def test_every_method_is_measured_on_the_same_terms(tmp_path):
     model, images, path = small_resnet(width=4), random_images(20, 7), tmp_path / "results.jsonl"
     before = copy.deepcopy(model.state_dict())
@@ -139,6 +161,7 @@ def test_every_method_is_measured_on_the_same_terms(tmp_path):
     assert path.read_text() == written  # nothing was measured twice
 
 
+@pytest.mark.usefixtures("usual_images")
 def test_only_what_is_missing_is_measured_unless_all_is_wanted_again(tmp_path):
     model, images, path = small_resnet(width=4), random_images(20, 7), tmp_path / "results.jsonl"
     frontier.measure(model, small_run(), measuring(images, ["unstructured"], [0.5]), Results(path))
