@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from itertools import pairwise
 
 import torch
@@ -9,6 +12,21 @@ from torch import nn
 
 from testbed.cifar import ResNet18
 from tests.strategies import fill_
+
+
+def through_torch_save(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+# Ways to copy a module.
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": through_torch_save,
+}
 
 
 def small_resnet(seed: int = 0, width: int = 8) -> ResNet18:

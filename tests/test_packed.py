@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -15,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchsmooth
+from tests.networks import COPIES
 from tests.strategies import convolutions, fill_, low_rank, randn, seeds
 from torchsmooth import _packed
 from torchsmooth._derive import derive
@@ -165,6 +165,17 @@ def test_what_the_operators_cannot_do_is_run_by_the_factors(kind):
     assert not is_packed(layer, inputs)
 
 
+def test_a_padding_that_was_set_later_counts():
+    layer, inputs = packed_layer()
+    use_(layer, None)
+    layer.down.padding = (2, 0)
+    with torch.no_grad():
+        expected = layer(inputs)
+        use_(layer, derive(layer, "packed", inputs))
+        assert is_packed(layer, inputs)
+        assert error(layer(inputs), expected.double()) < 1e-5
+
+
 def test_a_convolution_takes_one_image_without_a_batch():
     layer, inputs = packed_layer()
     expected = run(layer, inputs)[0]
@@ -221,20 +232,12 @@ def test_a_merged_layer_is_dense_in_what_is_compiled():
     assert len(graphs) <= 2  # with gradients it is another graph
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_are_packed_on_their_own(kind, way):
     layer, inputs = packed_layer(kind, "packed")
     expected = run(layer, inputs)
-    if way == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif way == "pickle":
-        other = pickle.loads(pickle.dumps(layer))
-    else:
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = COPIES[way](layer)
     with torch.no_grad():
         layer.up.weight.zero_()
         assert layer.execution == layer.form

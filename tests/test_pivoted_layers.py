@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.networks import COPIES
 from tests.reference.lowrank import group_matrices, truncated_weight
 from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn, seeds
 from torchsmooth import LowRankConv2d, LowRankLinear, restore_dense_
@@ -353,13 +354,6 @@ def test_equal_weights_give_equal_layers():
         assert all(torch.equal(tensor, state[name]) for name, tensor in one[0].state_dict().items())
 
 
-def through_torch_save(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def through_a_state_dict(layer):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -372,9 +366,7 @@ def through_a_state_dict(layer):
 
 
 TRAVELS = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "save": through_torch_save,
+    **COPIES,
     "state_dict": through_a_state_dict,
     "half_and_back": lambda layer: copy.deepcopy(layer).to(torch.float64).to(torch.float32),
     "fx": torch.fx.symbolic_trace,

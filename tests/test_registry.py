@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import math
-import pickle
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.networks import COPIES
 from tests.reference import penalties as reference
 from tests.strategies import fill_, randn, seeds
 from torchsmooth import (
@@ -138,15 +137,7 @@ def test_what_cannot_be_penalised_is_named_and_left_alone(error, message, module
     assert isinstance(module, str) or not is_penalized(module)
 
 
-def through_torch_save(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), through_torch_save]
-)
+@pytest.mark.parametrize("duplicate", COPIES.values())
 def test_a_copy_keeps_its_penalties_and_is_independent(duplicate):
     model = smooth_(double(two_layers()), SecondDerivative(2.0))
     loss = penalty_loss(model)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchsmooth
-from tests.networks import mlp, same, small_resnet, snapshot
+from tests.networks import COPIES, mlp, same, small_resnet, snapshot
 from tests.strategies import convolutions, fill_, low_rank, randn, seeds, small_convolutions
 from torchsmooth import _fused_layers, tuning
 from torchsmooth._derive import derive, is_tunable
@@ -226,18 +224,10 @@ def test_training_mode_runs_the_factors():
         assert not close(layer.eval()(inputs), from_factors(layer, inputs), 1e-3)
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_are_run_in_the_same_way_and_on_their_own(way):
     layer, inputs = tuned_linear("pivoted")
-    if way == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif way == "pickle":
-        other = pickle.loads(pickle.dumps(layer))
-    else:
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = COPIES[way](layer)
     assert other.execution == layer.execution == "pivoted"
     assert torch.equal(run(other, inputs), run(layer, inputs))
     with torch.no_grad():

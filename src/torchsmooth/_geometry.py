@@ -30,6 +30,25 @@ def geometry_of(conv: Any) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
+def each(value: Any, axes: int) -> tuple[int, ...]:
+    """Spell out what a layer was given after it was made: a single number is as good as one for each axis."""
+    return (value,) * axes if isinstance(value, int) else tuple(value)
+
+
+def zeros_around(conv: Convolution) -> list[tuple[int, int]]:
+    """Return how many zeros a convolution that pads with them puts before and after, for each axis.
+
+    Its padding may have been set after it was made, which only zeros follow.
+    """
+    axes = len(conv.kernel_size)
+    if conv.padding == "valid":
+        return [(0, 0)] * axes
+    if conv.padding == "same":  # what is odd goes to the end
+        reach = [gap * (size - 1) for gap, size in zip(each(conv.dilation, axes), conv.kernel_size, strict=True)]
+        return [(whole // 2, whole - whole // 2) for whole in reach]
+    return [(size, size) for size in each(conv.padding, axes)]
+
+
 def spelled_out(
     axes: int,
     in_channels: int,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._geometry import ANY_CONVOLUTION
+from ._geometry import ANY_CONVOLUTION, each, zeros_around
 from ._linalg import working_copy
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def input_rows(layer: nn.Module, given: Tensor, seed: int) -> Tensor:
         return _drawn(_sequences(given), seed).unsqueeze(0)
     axes = len(layer.kernel_size)
     given = _padded(layer, given if given.dim() == axes + 2 else given.unsqueeze(0))
-    steps, apart = _each(layer.stride, axes), _each(layer.dilation, axes)
+    steps, apart = each(layer.stride, axes), each(layer.dilation, axes)
     sizes = [
         (whole - gap * (size - 1) - 1) // step + 1
         for whole, size, step, gap in zip(given.shape[2:], layer.kernel_size, steps, apart, strict=True)
@@ -174,23 +174,10 @@ def output_rows(layer: nn.Module, output: Tensor, seed: int) -> Tensor:
 
 
 def _padded(layer: Convolution, given: Tensor) -> Tensor:
-    """Pad an input as the layer does: its padding may have been set after it was made, which only zeros follow."""
+    """Pad an input as the layer does."""
     if layer.padding_mode != "zeros":
         return F.pad(given, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    if layer.padding == "valid":
-        return given
-    axes = len(layer.kernel_size)
-    if layer.padding == "same":  # what is odd goes to the end
-        reach = [gap * (size - 1) for gap, size in zip(_each(layer.dilation, axes), layer.kernel_size, strict=True)]
-        sides = [(whole // 2, whole - whole // 2) for whole in reach]
-    else:
-        sides = [(size, size) for size in _each(layer.padding, axes)]
-    return F.pad(given, [size for pair in reversed(sides) for size in pair])
-
-
-def _each(value: Any, axes: int) -> tuple[int, ...]:
-    """Spell out what a layer was given after it was made: a single number is as good as one for each axis."""
-    return (value,) * axes if isinstance(value, int) else value
+    return F.pad(given, [size for pair in reversed(zeros_around(layer)) for size in pair])
 
 
 def _by_group(rows: Tensor, groups: int) -> Tensor:

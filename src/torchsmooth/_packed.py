@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ._geometry import each, zeros_around
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -160,8 +162,9 @@ def _geometry_of(layer: nn.Module) -> Geometry | None:
     """Return the geometry of a convolution; None for a linear layer, and where the operator knows no such padding."""
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
         return None
-    around = layer._reversed_padding_repeated_twice
-    left, right = around[0::2], around[1::2]
-    if left != right:
+    around = zeros_around(layer)
+    if any(before != after for before, after in around):
         return None
-    return Geometry(list(reversed(left)), list(layer.stride), list(layer.dilation), layer.groups)
+    axes = len(layer.kernel_size)
+    padding, stride, dilation = [before for before, _ in around], each(layer.stride, axes), each(layer.dilation, axes)
+    return Geometry(padding, list(stride), list(dilation), layer.groups)

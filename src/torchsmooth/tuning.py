@@ -42,6 +42,9 @@ _MARGIN = 0.03
 
 _PACKED = ("packed", "packed_dense")
 
+# On what device a way is tried where none are named; the others everywhere.
+_TRIED_ON = {"padded": "cuda", "packed": "cpu", "packed_dense": "cpu", "fused": "nowhere"}
+
 
 @dataclass(frozen=True)
 class TunedLayer:
@@ -197,8 +200,7 @@ def tune_(
 
 def default_executions(device: torch.device) -> tuple[str, ...]:
     """List the ways that are tried on a device where none are named."""
-    left_out = {"cuda": _PACKED, "cpu": ("padded",)}.get(device.type, ("padded", *_PACKED))
-    return tuple(one for one in EXECUTIONS if one not in ("fused", *left_out))
+    return tuple(one for one in EXECUTIONS if _TRIED_ON.get(one, device.type) == device.type)
 
 
 def _check_graphs(asked: object, device: torch.device) -> None:
