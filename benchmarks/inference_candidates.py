@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchsmooth
+from torchsmooth._derive import derive, is_tunable
+from torchsmooth._execution import use_
+from torchsmooth._latency import observe_calls
+from torchsmooth._lowrank_layer import LowRankLayer
+from torchsmooth._running import as_inputs, observing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +30,7 @@ FOLDED = "BatchNorm folded"  # into the convolutions before, dense or low-rank
 EQUAL = "equal ranks"  # beside the targets: what peers are compared at
 PACKED = "all dense, weights packed"  # what packing gains without low rank
 _LAST = torch.channels_last
+_IMAGES = 4  # axes of a batch of them
 
 
 class Group(NamedTuple):
@@ -165,7 +171,7 @@ class Subject:
             yield one(name, small)
             yield _made(one(f"{name}, tune_"), partial(tuned, small, given, **tuning))
             if group == "params" and self.device == "cpu":
-                yield _made(one(PACKED), partial(tuned, small, given, executions=["packed_dense"]))
+                yield _made(Candidate(PACKED, inputs=given), partial(_packed, small, given))
             if normed and GROUPS[group].is_folded:
                 yield _made(one(f"{name}, {FOLDED}, tune_"), partial(_folded_and_tuned, small, given, **tuning))
             if group == EQUAL:
@@ -209,6 +215,19 @@ def tuned(model: nn.Module, inputs: Tensor, **tuning: Any) -> nn.Module:
     """Return a tuned copy of a compressed model."""
     model = copy.deepcopy(model)
     torchsmooth.tune_(model, inputs, progress=False, **tuning)
+    return model
+
+
+def _packed(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a copy with each low-rank layer merged to a dense weight, and packed where that is possible."""
+    model = copy.deepcopy(model)
+    if inputs.dim() == _IMAGES:
+        model.to(memory_format=_LAST)
+    layers = {one for one in model.modules() if isinstance(one, LowRankLayer) and is_tunable(one)}
+    with observing(model):
+        calls = observe_calls(model, as_inputs(inputs), layers)
+        for layer in layers & calls.keys():
+            use_(layer, derive(layer, "packed_dense", calls[layer].args[0]) or derive(layer, "dense"))
     return model
 
 

@@ -186,6 +186,20 @@ def test_candidates_are_of_the_ratio_and_of_the_same_ranks():
     assert after == equal.parameters_after
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch runs without oneDNN")
+def test_all_layers_of_the_packed_model_are_dense_and_packed():
+    subject = candidates.Subject(small_entry(), "cpu", torch.float32, [0.5])
+    found = {one.name: one for one in subject.candidates(2, 0.5, ["params"])}
+    packed = found[candidates.PACKED]
+    layers = [one for one in packed.model.modules() if isinstance(one, torchsmooth.LowRankLinear)]
+    assert layers
+    assert {one.execution for one in layers} == {"packed_dense"}
+    assert packed.fewer == 1.0
+    assert candidates.multiply_adds(found["target params"].model, packed.inputs) > 0
+    with torch.no_grad():
+        assert torch.allclose(packed.model(packed.inputs), found["target params"].model(packed.inputs), atol=1e-5)
+
+
 def test_times_are_planned_with_the_channels_of_images_last(monkeypatch):
     def planned(model, ratios, *, example_inputs, **_):
         is_last = [
