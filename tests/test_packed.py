@@ -258,7 +258,11 @@ def test_a_copy_is_run_by_its_factors_where_there_are_no_such_kernels(monkeypatc
     other = pickle.loads(saved)
     with torch.no_grad():
         assert not is_packed(other, inputs)
+        assert other.execution == other.form
         assert error(other(inputs), layer(inputs).double()) < 1e-5
+        again = pickle.loads(pickle.dumps(other))
+        assert again.execution == again.form
+        assert error(again(inputs), layer(inputs).double()) < 1e-5
 
 
 def test_kernels_that_compute_something_else_are_not_used(monkeypatch):

@@ -127,7 +127,8 @@ class Derived:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.renew_(fresh=True)  # copies lie elsewhere
+        # Copies lie elsewhere, and where they are loaded there may be no kernels for them.
+        self.renew_(fresh=getattr(self.module, "has_kernels", True))
 
 
 def derived_of(layer: nn.Module) -> Derived | None:

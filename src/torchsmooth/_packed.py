@@ -105,11 +105,15 @@ class PackedExecution(nn.Module):
             input = call(input)  # noqa: A001
         return input
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether it can be run: it may have been loaded by a torch, or on a processor, without such kernels."""
+        return bool(self._calls)
+
     def suits(self, input: Tensor) -> bool:  # noqa: A002 - as above
         """Say whether the operators give for an input what the layers would: they have no gradients, for one."""
         return (
-            bool(self._calls)
-            and type(input) is Tensor
+            type(input) is Tensor
             and input.is_cpu
             and input.dtype is self._dtype
             and (self._dim is None or input.dim() == self._dim)
@@ -138,7 +142,6 @@ class PackedExecution(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._calls = []
-        # Where it is loaded there may be no such kernels: without calls, it suits no input.
         with suppress(AttributeError, RuntimeError):
             self._take_([_Step.of(one.packed, one.bias, one.geometry, one.shape) for one in self._steps])
 

@@ -71,7 +71,7 @@ def plan_compression(
             the device of the model. The model is run on them and comes out as it was.
         rank_multiple: only ranks that are multiples of this are considered, at least 1. None: all of them for
             ``"params"``; for the other targets multiples of 16, which hardware computes at once, or for matrices of a
-            full rank below 128 of 8, 4 or 1.
+            full rank below 64 of 8, 4 or 1.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``, called for each layer that could be compressed; False
             leaves it dense.
         calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the error
