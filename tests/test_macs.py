@@ -217,7 +217,7 @@ def test_without_inputs_the_report_has_the_planned_counts():
     assert report.to_dict()["macs_after"] == plan.to_dict()["macs_after"] == counted(model, torch.zeros(2, 24))
 
 
-@pytest.mark.parametrize(("size", "step"), [(16, 1), (32, 4), (64, 8), (130, 16)])
+@pytest.mark.parametrize(("size", "step"), [(15, 1), (16, 4), (32, 8), (64, 16), (130, 16)])
 def test_ranks_suit_the_hardware_unless_another_multiple_is_asked_for(size, step):
     model, inputs = mlp(3, (size, size, size, size)), torch.zeros(2, size)
     for form in ("factored", "pivoted"):
@@ -237,4 +237,4 @@ def test_pairs_of_ranks_suit_the_hardware_on_each_side():
     model = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Conv2d(64, 64, 3))
     plan = plan_compression(model, 0.5, scheme="tucker", target="macs", example_inputs=torch.zeros(1, 32, 8, 8))
     (r_in, r_out), (next_in, next_out) = (layer.rank for layer in plan)
-    assert (r_in % 4, r_out % 8, next_in % 8, next_out % 8) == (0, 0, 0, 0)
+    assert (r_in % 8, r_out % 16, next_in % 16, next_out % 16) == (0, 0, 0, 0)
