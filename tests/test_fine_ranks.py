@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -17,17 +20,27 @@ from torchsmooth._matricise import Form
 FORMS = get_args(Form)
 
 
-def wide(seed=0):
-    return fill_(nn.Sequential(nn.Conv2d(96, 80, 3, bias=False), nn.Conv2d(80, 100, 3, bias=False)), seed)
+WIDE = (96, 80, 100)
+WIDER = (256, 224, 256)  # not every pair stands on the frontier
+
+
+def wide(seed=0, channels=WIDE):
+    return fill_(nn.Sequential(*(nn.Conv2d(*pair, 3, bias=False) for pair in pairwise(channels))), seed)
 
 
 def larger_pairs(layer, multiple):
-    """The parameters of every pair that is one step larger on one side, if it loses less."""
+    """Every pair that is one step larger on one side, if it loses less."""
     layout, (r_in, r_out) = layer.options["tucker"].matricisation, layer.rank
     most, losses = layout.largest_rank(layer.form), layer.options["tucker"].losses
     for pair in ((r_in + multiple, r_out), (r_in, r_out + multiple)):
         if pair[0] <= most[0] and pair[1] <= most[1] and losses[pair] < losses[r_in, r_out]:
-            yield layout.parameters(pair, layer.form)
+            yield pair
+
+
+def tucker_macs(shape, inside, outside, r_in, r_out):
+    """Multiply-accumulates of a convolution in three, with so many positions of its input and of its output."""
+    out_channels, in_channels, *kernel = shape
+    return inside * in_channels * r_in + outside * r_out * (math.prod(kernel) * r_in + out_channels)
 
 
 @settings(max_examples=15)
@@ -42,16 +55,31 @@ def test_no_larger_pair_fits_what_is_left_over(seed, ratio, form, multiple):
     assert pairs
     for layer in pairs:
         assert all(rank % multiple == 0 for rank in layer.rank)
-        for parameters in larger_pairs(layer, multiple):
+        for pair in larger_pairs(layer, multiple):
+            parameters = layer.options["tucker"].matricisation.parameters(pair, layer.form)
             assert parameters - layer.parameters_after > slack or parameters >= layer.parameters_before
 
 
-@pytest.mark.parametrize(("multiple", "step"), [(1, 1), (8, 8), (None, 16)])
-def test_the_budget_of_multiply_accumulates_is_spent_too(multiple, step):
-    images = torch.zeros(1, 96, 9, 9)
-    plan = plan_compression(wide(), 0.6, scheme="tucker", target="macs", example_inputs=images, rank_multiple=multiple)
-    left = 0.4 * plan.macs_before - plan.macs_after
-    assert 0 <= left <= step * 81 * (96 + 9 * 96)  # one step on either side of a core costs no more than this
+@pytest.mark.parametrize(
+    ("channels", "ratio", "multiple", "step"),
+    [(WIDE, 0.6, 1, 1), (WIDE, 0.6, 8, 8), (WIDE, 0.6, None, 16), (WIDER, 0.5, 1, 1)],
+)
+def test_the_budget_of_multiply_accumulates_is_spent_too(channels, ratio, multiple, step):
+    images = torch.zeros(1, channels[0], 9, 9)
+    options = {"scheme": "tucker", "target": "macs", "example_inputs": images, "rank_multiple": multiple}
+    plan = plan_compression(wide(0, channels), ratio, **options)
+    left = (1 - ratio) * plan.macs_before - plan.macs_after
+    # One step on either side of a core costs no more than this.
+    assert 0 <= left <= step * 81 * (channels[0] + 9 * max(channels))
+    found = zip(plan, (81, 49), (49, 25), strict=True)
+    pairs = [one for one in found if one[0].rank is not None]  # others stay dense
+    assert pairs
+    for layer, inside, outside in pairs:
+        macs = partial(tucker_macs, layer.shape, inside, outside)
+        assert all(rank % step == 0 for rank in layer.rank)
+        larger = [macs(*pair) for pair in larger_pairs(layer, step)]
+        assert larger
+        assert all(one - macs(*layer.rank) > left or one >= outside * math.prod(layer.shape) for one in larger)
 
 
 @pytest.mark.parametrize("kwargs", [{"max_error": 0.5}, {"ratio": 0.5, "allocation": "uniform"}])
