@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -32,18 +32,22 @@ _PLACE = "_torchsmooth_derived"
 
 
 class _Source(NamedTuple):
-    """A tensor that a derived module was made of, where it lies, and what changes when it is written to."""
+    """A tensor that a derived module was made of: whose it is, where it lies, what changes when it is written to."""
 
-    place: Any
+    child: str
+    owner: nn.Module
+    hooks: Mapping[int, Any]  # of the owner, as is the next: found once, for it takes a while
+    pre_hooks: Mapping[int, Any]
+    place: Mapping[str, Tensor | None]
     key: str
     tensor: Tensor
     address: int
     version: int | None
 
-    @staticmethod
-    def of(place: Any, key: str, tensor: Tensor) -> _Source:
-        """Take note of a tensor as it is now."""
-        return _Source(place, key, tensor, tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+    def renewed(self) -> _Source:
+        """Take note of the tensor as it is now."""
+        tensor = self.tensor
+        return self._replace(address=tensor.data_ptr(), version=None if tensor.is_inference() else tensor._version)
 
 
 class Derived:
@@ -60,6 +64,9 @@ class Derived:
         traced: what ``torch.compile`` takes instead where it cannot trace ``run``.
     """
 
+    # In one piece, as each call of the layer looks at it.
+    __slots__ = ("_modules", "_sources", "execution", "module", "run", "suits", "together", "traced")
+
     run: Callable[..., Tensor]
     suits: Callable[[Tensor], bool] | None
     traced: Callable[..., Tensor] | None
@@ -69,11 +76,11 @@ class Derived:
         self.together: Any = None  # by :mod:`_together`
         self.rewire_()
         self._modules = layer._modules
-        self._owners = tuple((child, owner) for child, owner in layer._modules.items() if owner is not None)
         # None once the factors are not those any more that this was made of.
         self._sources: tuple[_Source, ...] | None = tuple(
-            _Source.of(place, key, tensor)
-            for _, owner in self._owners
+            _Source(child, owner, owner._forward_hooks, owner._forward_pre_hooks, place, key, tensor, 0, 0).renewed()
+            for child, owner in layer._modules.items()
+            if owner is not None
             for place in (owner._parameters, owner._buffers)
             for key, tensor in place.items()
             if tensor is not None
@@ -84,10 +91,10 @@ class Derived:
         if self._sources is None:
             return False
         # At each call of the layer, so without a step too many.
-        for child, owner in self._owners:
-            if self._modules.get(child) is not owner or owner._forward_hooks or owner._forward_pre_hooks:
+        modules = self._modules
+        for child, owner, hooks, pre_hooks, place, key, tensor, address, version in self._sources:
+            if modules.get(child) is not owner or hooks or pre_hooks:
                 return False  # put elsewhere; or hooks, which would not be called
-        for place, key, tensor, address, version in self._sources:
             if place.get(key) is not tensor or tensor.data_ptr() != address:
                 return False
             if version is not None and tensor._version != version:
@@ -116,17 +123,17 @@ class Derived:
         """Take note of where the factors are now, unless this did not belong to them any more."""
         self.together = None  # what is moved or copied does not lie side by side any more
         known = self._sources if fresh else None
-        self._sources = known and tuple(_Source.of(one.place, one.key, one.tensor) for one in known)
+        self._sources = known and tuple(one.renewed() for one in known)
         self.rewire_()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"_sources": self._sources if self.is_fresh() else None, "together": None}
-        for made in ("run", "suits", "traced"):
-            del state[made]
-        return state
+        made = {"run", "suits", "traced"}
+        state = {name: getattr(self, name) for name in self.__slots__ if name not in made}
+        return state | {"_sources": self._sources if self.is_fresh() else None, "together": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         # Copies lie elsewhere, and where they are loaded there may be no kernels for them.
         self.renew_(fresh=getattr(self.module, "has_kernels", True))
 
