@@ -46,7 +46,15 @@ def tucker_macs(shape, inside, outside, r_in, r_out):
 @settings(max_examples=15)
 @given(seeds, st.floats(0.2, 0.9), st.sampled_from(FORMS), st.sampled_from([1, 2, 5]))
 def test_no_larger_pair_fits_what_is_left_over(seed, ratio, form, multiple):
-    model = wide(seed)
+    check_that_no_larger_pair_fits(wide(seed), ratio, form, multiple)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nor_does_one_where_the_frontier_leaves_pairs_out(form):
+    check_that_no_larger_pair_fits(wide(0, WIDER), 0.35, form, 1)
+
+
+def check_that_no_larger_pair_fits(model, ratio, form, multiple):
     total = sum(one.numel() for one in model.parameters())
     plan = plan_compression(model, ratio, scheme="tucker", form=form, rank_multiple=multiple)
     slack = (1 - ratio) * total - plan.parameters_after

@@ -43,10 +43,15 @@ def zeros_around(conv: Convolution) -> list[tuple[int, int]]:
     axes = len(conv.kernel_size)
     if conv.padding == "valid":
         return [(0, 0)] * axes
-    if conv.padding == "same":  # what is odd goes to the end
-        reach = [gap * (size - 1) for gap, size in zip(each(conv.dilation, axes), conv.kernel_size, strict=True)]
-        return [(whole // 2, whole - whole // 2) for whole in reach]
+    if conv.padding == "same":
+        return zeros_for_same(conv.kernel_size, each(conv.dilation, axes))
     return [(size, size) for size in each(conv.padding, axes)]
+
+
+def zeros_for_same(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Return how many zeros ``padding="same"`` puts before and after, for each axis: what is odd goes to the end."""
+    reach = [gap * (size - 1) for gap, size in zip(dilation, kernel_size, strict=True)]
+    return [(whole // 2, whole - whole // 2) for whole in reach]
 
 
 def spelled_out(

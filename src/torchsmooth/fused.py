@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import _fused_availability, _fused_operators
 from ._checks import check_choice, describe
+from ._geometry import zeros_for_same
 from ._norms import affine_of
 
 if TYPE_CHECKING:
@@ -249,8 +250,8 @@ def _padded(
         return image, [0, 0]
     if stride != [1, 1]:
         raise ValueError(f"padding 'same' needs stride 1, got {tuple(stride)}: give the padding in numbers.")
-    total = [apart * (kernel - 1) for apart, kernel in zip(dilation, down.shape[2:], strict=True)]
-    odd = [whole % 2 for whole in total]
-    if any(odd):
-        image = F.pad(image, (0, odd[1], 0, odd[0]))
-    return image, [whole // 2 for whole in total]
+    around = zeros_for_same(down.shape[2:], dilation)
+    more = [after - before for before, after in around]
+    if any(more):
+        image = F.pad(image, (0, more[1], 0, more[0]))
+    return image, [before for before, _ in around]

@@ -303,6 +303,7 @@ class _Tuner:
                 continue
             args = calls[layer].args
             key = _alike(layer, args)
+            ways: dict[str, Derived | None] = {}
             if key not in known:
                 ways = self._ways(name, layer, self.allowed, args, last=last)
                 known[key] = _measure(layer, ways, args, graphs=self.graphs)
@@ -310,9 +311,9 @@ class _Tuner:
             fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
             # Alone, a layer finds its weight in the caches, and laying it out takes less than in the model.
             fastest_packed = min((way for way in times if way in _PACKED), key=times.__getitem__, default=fastest)
-            # Of the others nothing is needed any more, and pivots take a while to find.
+            # A layer like one that was measured: of the others nothing is needed, and pivots take a while to find.
             wanted = [one for one in self.allowed if one in (fastest, fastest_packed, "dense", "fused")]
-            ways = self._ways(name, layer, wanted, args, last=last)
+            ways = ways or self._ways(name, layer, wanted, args, last=last)
             chosen[layer], packed[layer], dense[layer] = ways[fastest], ways[fastest_packed], ways.get("dense")
         merged: Any = dense  # projections need not be low-rank layers
         for attention in (one for one in self.model.modules() if isinstance(one, LowRankMultiheadAttention)):
