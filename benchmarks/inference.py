@@ -70,6 +70,8 @@ class Run(NamedTuple):
 ON_CPU: dict[Setting, Run] = {
     Setting("resnet18_cifar", "float32", "eager"): Run((1, 8, 64), (0.7,)),
     Setting("resnet18_w16/plain", "float32", "eager"): Run((1, 8, 64), (0.7,)),
+    Setting("resnet50_224", "float32", "eager"): Run((1,), (0.7,)),
+    Setting("vit_b_16_224", "float32", "eager"): Run((1,), (0.7,)),
     Setting("llama_block_1024", "float32", "eager"): Run((1, 8), (0.7,)),
     Setting("llama_block_1024", "float32", "compile"): Run((1,), (0.7,)),
 }
