@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -297,6 +298,22 @@ def test_medians_are_those_of_alternating_runs(times, late):
     assert len(medians) == len(times)
     assert order[-len(calls) :] == calls
     assert order[-2 * len(calls) : -len(calls)] == calls
+
+
+@pytest.mark.parametrize(("took", "times"), [(1e-3, 2 + 9), (0.5, 1 + 5)])
+def test_long_calls_are_made_less_often(took, times, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchsmooth._timing.seconds", lambda call, *_: asked.append(call) or took)
+    calls = [lambda: None, lambda: None]
+    assert median_nanoseconds(calls, torch.device("cpu")) == [round(1e9 * took)] * 2
+    assert [asked.count(call) for call in calls] == [times] * 2
+
+
+def test_timing_shows_how_far_it_is_where_it_is_asked_to(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for show in (True, False):
+        median_nanoseconds([lambda: None] * 2, torch.device("cpu"), show=show)
+    assert capsys.readouterr().err.count("Timing the model: 18 of 18\n") == 1
 
 
 def test_seconds_are_those_of_one_call():

@@ -269,8 +269,8 @@ class FakeClock:
         self.whole = whole or (lambda _: 1000)
         self.compared = []
 
-    def __call__(self, calls, device, before=None, *, cuda_graphs=False):
-        assert (device, cuda_graphs) == (torch.device("cpu"), False)
+    def __call__(self, calls, device, before=None, *, cuda_graphs=False, show=False):
+        assert (device, cuda_graphs, bool(show)) == (torch.device("cpu"), False, False)
         if before is None:  # single layers
             for call in calls:
                 call()
@@ -526,8 +526,8 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was(monkeypatch):
         strides = [one.stride() for one in model.parameters()]
         clock = FakeClock(dense_is_faster)
 
-        def failing(calls, device, before=None, *, cuda_graphs, clock=clock, error=error):
-            found = clock(calls, device, before, cuda_graphs=cuda_graphs)
+        def failing(calls, device, before=None, *, clock=clock, error=error, **options):
+            found = clock(calls, device, before, **options)
             if before is not None:
                 raise error
             return found

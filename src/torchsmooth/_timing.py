@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ._progress import progress
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _ROUNDS = 9
 _WARM_UP = 2
+# A call that takes as long as this (in seconds) is itself a mean over what comes and goes on the machine.
+_LONG = 0.25
+_ROUNDS_IF_LONG = 5
 _LEAST = 1e-3  # seconds that one reading should last, or the clock itself would be what is measured
 _MOST_REPEATS = 50
 _SHORT = 0.02  # seconds; a call that takes no longer is slowed down by what lay in the caches before it
@@ -84,6 +89,7 @@ def median_nanoseconds(
     before: Sequence[Callable[[], object]] | None = None,
     *,
     cuda_graphs: bool = False,
+    show: bool | None = False,
 ) -> list[int]:
     """Time several calls in turn, so that what slows the machine down for a while slows all of them.
 
@@ -94,6 +100,7 @@ def median_nanoseconds(
             they are measured.
         cuda_graphs: whether to record each call as a CUDA graph, once, and time its replays: without what it takes
             the processor to launch it.
+        show: whether to show how far it is; None where the standard error stream is a terminal.
 
     Returns:
         The median of each, at least 1.
@@ -101,16 +108,19 @@ def median_nanoseconds(
     ready = before or [lambda: None] * len(calls)
     if cuda_graphs:
         calls, ready = recorded(calls, device, ready), [lambda: None] * len(calls)
-    repeats, warm = [], []
+    repeats, warm, longest = [], [], 0.0
     for prepare, call in zip(ready, calls, strict=True):
         prepare()
-        first = min(seconds(call, device, 1) for _ in range(_WARM_UP))
+        first = seconds(call, device, 1)
+        for _ in range(_WARM_UP - 1 if first < _LONG else 0):
+            first = min(first, seconds(call, device, 1))
         repeats.append(max(1, min(_MOST_REPEATS, math.ceil(_LEAST / max(first, 1e-9)))))
         warm.append(call if before and first < _SHORT else lambda: None)
+        longest = max(longest, first)
     readings: list[list[float]] = [[] for _ in calls]
-    for _ in range(_ROUNDS):
-        for prepare, warm_up, call, times, reading in zip(ready, warm, calls, repeats, readings, strict=True):
-            prepare()
-            warm_up()
-            reading.append(seconds(call, device, times))
+    rounds = _ROUNDS if longest < _LONG else _ROUNDS_IF_LONG
+    for index in progress(list(range(len(calls))) * rounds, "Timing the model", enabled=show):
+        ready[index]()
+        warm[index]()
+        readings[index].append(seconds(calls[index], device, repeats[index]))
     return [max(1, round(1e9 * statistics.median(reading))) for reading in readings]

@@ -349,7 +349,8 @@ class _Tuner:
             runs: list[Callable[[], object]] = [partial(self.inputs.run, self.model)] * len(settings)
             ready = [setting.put_ for setting in settings]
             device = device_of(self.model)
-            return [time / 1e9 for time in median_nanoseconds(runs, device, ready, cuda_graphs=self.graphs)]
+            times = median_nanoseconds(runs, device, ready, cuda_graphs=self.graphs, show=self.show)
+            return [time / 1e9 for time in times]
 
     def _report(
         self,
