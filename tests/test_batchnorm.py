@@ -136,3 +136,39 @@ def test_a_model_that_begins_in_place_does_not_use_the_batches_up():
 def test_a_model_without_statistics_is_refused(make):
     with pytest.raises(ValueError, match="this Sequential has no BatchNorm layer with running statistics"):
         recalibrate_batchnorm_(make(), [IMAGES])
+
+
+class Branch(nn.Module):
+    """Has a branch that runs in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.aside = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        x = self.body(x)
+        return (x, self.aside(x)) if self.training else x
+
+
+def test_norms_that_no_batch_reaches_keep_their_statistics():
+    model = fill_(Branch(), 0)
+    images = randn(16, 3, 8, 8, seed=1, dtype=torch.float32)
+    for _ in range(5):
+        model(images)
+    model.eval()
+    aside, reached = (
+        {name: one.clone() for name, one in norm.named_buffers()} for norm in (model.aside[1], model.body[1])
+    )
+    recalibrate_batchnorm_(model, [images * 3 + 1])
+    assert all(torch.equal(one, aside[name]) for name, one in model.aside[1].named_buffers())
+    assert not torch.equal(model.body[1].running_mean, reached["running_mean"])
+
+
+def test_batches_that_reach_no_norm_are_refused():
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.BatchNorm1d(4)})
+    model.forward = model["used"].forward
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no batch reaches a BatchNorm layer of this ModuleDict, such as 'unused'"):
+        recalibrate_batchnorm_(model, [torch.ones(2, 4)])
+    assert same(snapshot(model), before)

@@ -238,3 +238,32 @@ def test_pairs_of_ranks_suit_the_hardware_on_each_side():
     plan = plan_compression(model, 0.5, scheme="tucker", target="macs", example_inputs=torch.zeros(1, 32, 8, 8))
     (r_in, r_out), (next_in, next_out) = (layer.rank for layer in plan)
     assert (r_in % 8, r_out % 16, next_in % 16, next_out % 16) == (0, 0, 0, 0)
+
+
+class Mapped(nn.Module):
+    """Calls its layers under torch.vmap."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return torch.vmap(lambda one: self.b(self.a(one)))(x)
+
+
+LOOKS = {
+    "macs": {"target": "macs", "example_inputs": torch.zeros(8, 32)},
+    "latency": {"target": "latency", "example_inputs": torch.zeros(8, 32)},
+    "calibration": {"calibration": [torch.zeros(8, 32)]},
+}
+
+
+@pytest.mark.parametrize("options", LOOKS.values(), ids=LOOKS)
+def test_layers_under_vmap_are_named_where_they_would_have_to_be_looked_at(options):
+    model = fill_(Mapped(), 0)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer 'a' is called under torch.vmap"):
+        svd_compress_(model, 0.3, **options)
+    assert same(snapshot(model), before)
+    svd_compress_(model, 0.3)
+    assert model(torch.zeros(8, 32)).shape == (8, 32)

@@ -328,6 +328,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_spectrum",
         "_options",
         "_progress",
+        "_kept_state",
         "_running",
         "_timing",
         "_macs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,7 @@ from torchsmooth._leading import truncated_factors
 from torchsmooth._lowrank_layer import LowRankLayer
 from torchsmooth._matricise import distinct_schemes
 from torchsmooth._moments import Moments
-from torchsmooth._refit import refit
+from torchsmooth._refit import NO_ROWS, refit
 from torchsmooth._swap import swap_, take_over_
 from torchsmooth._undo import Undo
 
@@ -358,7 +359,7 @@ def test_a_layer_called_with_empty_batches_alone_falls_back_with_a_note():
 
     model = fill_(Masked(), 0)
     found = refit_(model, [randn(20, 6, seed=0, dtype=torch.float32)], {"first": 2, "chosen": 2, "conv": 1})
-    assert found.notes == {"chosen": NOT_REACHED, "conv": NOT_REACHED}
+    assert found.notes == {"chosen": NO_ROWS, "conv": NO_ROWS}
     assert isinstance(model.chosen, LowRankLinear)
     assert bool(model.chosen.weight.isfinite().all())
 
@@ -625,12 +626,13 @@ class Bomb(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.runs, self.at, self.kind = 0, -1, RuntimeError
+        # What a module keeps by itself is put back after each run.
+        self.seen = SimpleNamespace(runs=0, at=-1, kind=RuntimeError)
 
     def forward(self, x):
-        self.runs += 1
-        if self.runs == self.at:
-            raise self.kind("boom")
+        self.seen.runs += 1
+        if self.seen.runs == self.seen.at:
+            raise self.seen.kind("boom")
         return x
 
 
@@ -669,12 +671,12 @@ def test_an_error_at_any_run_leaves_the_model_bit_for_bit(kind):
     images = randn(6, 3, 8, 8, seed=0, dtype=torch.float32)
     model, bomb, choices = booby_trapped()
     look(model, images.split(3), choices)
-    runs = bomb.runs
+    runs = bomb.seen.runs
     assert runs > 6
     before = everything(model)
     state = torch.get_rng_state()
     for at in range(1, runs + 1):
-        bomb.runs, bomb.at, bomb.kind = 0, at, kind
+        bomb.seen.runs, bomb.seen.at, bomb.seen.kind = 0, at, kind
         with pytest.raises(kind, match="boom"):
             look(model, images.split(3), choices)
         assert is_as(before, model)

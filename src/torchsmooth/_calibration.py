@@ -17,7 +17,7 @@ from ._moments import Moments, input_rows
 from ._norms import norms_of
 from ._progress import progress
 from ._ranks import ALONE
-from ._running import observing
+from ._running import check_not_mapped, observing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -94,18 +94,21 @@ class Calibration:
             traffic = {name: Traffic() for name in group}
             gathered = {name: Moments() for name in group}
             names = {module: name for name, module in group.items()}
-            with running(model), _watching(model, names, traffic) as seen:
+            with running(model) as begin, _watching(model, names, traffic) as seen:
 
                 def gather(module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
                     name = names[module]  # noqa: B023 - called in this turn of the loop only
+                    given = args[0] if args else kwargs["input"]
+                    check_not_mapped(name, given)
                     if moments and not why_uncalibrated(module):
-                        rows = input_rows(module, args[0] if args else kwargs["input"], len(traffic[name].calls))  # noqa: B023
+                        rows = input_rows(module, given, len(traffic[name].calls))  # noqa: B023
                         gathered[name].add(rows, rows[..., :0])  # noqa: B023
 
                 with ExitStack() as stack:
                     for module in names:
                         stack.callback(hook_first(module, gather))
-                    for batch in progress(self.batches, "calibrating", enabled=self.show):
+                    for index, batch in enumerate(progress(self.batches, "calibrating", enabled=self.show)):
+                        begin(index)
                         seen.clear()
                         for one in traffic.values():
                             one.calls.append(0)
@@ -126,10 +129,13 @@ def _unite(traffic: Mapping[str, Traffic], team: Team) -> None:
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[None]:
+def running(model: nn.Module) -> Iterator[Callable[[int], None]]:
     """Run a model only to look at it: in eval mode, without gradients, and without what skips hooks.
 
     That is compiled code, and the fast path of transformer encoders with the nested tensors that go through it.
+
+    Yields:
+        What makes runs over the same batch alike, as :func:`observing` does.
     """
     # Telling the compiler imports it, which takes seconds; what was compiled has imported it.
     compiled = "torch._dynamo" in sys.modules
@@ -137,8 +143,8 @@ def running(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with observing(model), stance("force_eager") if stance else nullcontext():
-            yield
+        with observing(model) as begin, stance("force_eager") if stance else nullcontext():
+            yield begin
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

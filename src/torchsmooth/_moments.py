@@ -97,6 +97,20 @@ class Moments:
         team.sum_([self._inner, self._cross, self._energy])
         self.count = total
 
+    def likeness(self, weight: Tensor) -> float:
+        """Return how the outputs go with those that a weight ``(groups, m, n)`` gives for the inputs: a correlation."""
+        own, together = ((weight @ self._inner) * weight).sum(), (self._cross * weight).sum()
+        product = float(own * self._energy.sum())
+        return float(together) / math.sqrt(product) if product > 0 else 1.0
+
+    def map_(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Let the outputs be those that a weight ``(groups, m, n)`` and a bias ``(groups, m)`` give for the inputs."""
+        self._cross = weight @ self._inner
+        self._energy = (self._cross * weight).sum(-1)
+        self.outputs_mean = (weight @ self.inputs_mean.unsqueeze(-1)).squeeze(-1)
+        if bias is not None:
+            self.outputs_mean = self.outputs_mean + bias
+
     def inner(self, *, centred: bool) -> Tensor:
         """Return E[x xᵀ] ``(groups, n, n)``, of the deviations from the mean if ``centred``."""
         mean = self.inputs_mean

@@ -47,6 +47,12 @@ _RIDGE = 1e-3
 # The same where rows are few for so many inputs, times inputs / rows: what a fit owes to chance grows like that. On 256
 # sentences for inputs of 384 and 1,536 numbers, 1e-3 alone was worse than no data at all.
 _DOUBT = 0.3
+# Rows of the two networks that are paired by their place say nothing of each other where data decides which row comes
+# where, as in a choice of the best. Below this correlation a layer is fitted to what it makes of its own inputs.
+_LIKENESS = 0.3
+
+NO_ROWS = "not calibrated: no data reaches it in the compressed network"
+UNLIKE = "fitted to its own outputs: other rows reach it than in the dense network"
 
 
 @dataclass
@@ -123,39 +129,32 @@ def refit(
     traffic = {name: seen for name, (seen, _) in looked.items()}
     refitted = Refitted(FollowingNorms(model, calibration.team))
     work = _Work(model, replacements, calibration, refitted.norms)
-    steps = []
 
     def leave(module: nn.Module, note: str) -> None:
         fall_back(module)
         work.done.add(module)
         refitted.notes[names[module]] = note
 
-    for module in replacements:
-        seen = traffic[names[module]]
-        why = why_uncalibrated(module) if seen.reached else NOT_REACHED
+    reasons = {one: why_uncalibrated(one) if traffic[names[one]].reached else NOT_REACHED for one in replacements}
+    for module, why in reasons.items():
         if why:
             leave(module, why)
-        else:
-            steps.append(module)
-    steps.sort(key=lambda module: traffic[names[module]].order)
+    steps = sorted((one for one, why in reasons.items() if not why), key=lambda one: traffic[names[one]].order)
     sharing = Sharing(model)
     for module in progress(steps, "refitting layers", enabled=calibration.show):
         name = names[module]
         bias = module._parameters.get("bias")
         own_bias = bias is not None and not sharing.of_weight(bias, f"{name}.bias")
         moments = work.moments_at(module, traffic[name])
-        if not moments.count:  # called with nothing
-            leave(module, NOT_REACHED)
+        if not moments.count:  # called with nothing, or where data decides, not at all any more
+            leave(module, NO_ROWS)
             continue
+        if _unpair_(moments, module):
+            refitted.notes[name] = UNLIKE
         if bias is not None and not own_bias:  # it stays, so that the factors need not bring it
             moments.outputs_mean -= working_copy(bias).reshape(moments.outputs_mean.shape)
         centred = own_bias or traffic[name].normed
-        try:
-            error = _fit_(replacements[module], module, moments, centred=centred, name=name)
-        except LinAlgError as failure:
-            raise ValueError(
-                f"the moments of layer {name!r} could not be decomposed ({failure}): leave it out with filter_fn."
-            ) from failure
+        error = _fit_(replacements[module], module, moments, centred=centred, name=name)
         if own_bias and isinstance(bias, nn.Parameter):
             work.biases[module] = _bias_of(replacements[module], moments, bias.dtype)
             refitted.biases.append((bias, work.biases[module]))
@@ -166,6 +165,15 @@ def refit(
     return refitted
 
 
+def _unpair_(moments: Moments, dense: nn.Module) -> bool:
+    """Take what a layer makes of its own inputs for the outputs, where those that were paired have nothing to say."""
+    weight, bias = working_copy(grouped_weight(dense)), dense._parameters.get("bias")
+    if moments.likeness(weight) >= _LIKENESS:
+        return False
+    moments.map_(weight, None if bias is None else working_copy(bias).reshape(moments.outputs_mean.shape))
+    return True
+
+
 def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred: bool, name: str) -> float:
     """Fit the factors of one layer, and return the relative error at its output."""
     weight = working_copy(grouped_weight(dense))
@@ -174,9 +182,14 @@ def _fit_(low_rank: LowRankLayer, dense: nn.Module, moments: Moments, *, centred
     # With nothing coming in at all, the plain truncation is left.
     silent = exact.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     ridge = max(_RIDGE, _DOUBT * exact.shape[-1] / moments.count)
-    target = target_weight(weight, exact, cross, ridge)
     inner = damped(exact, ridge) + torch.diag_embed(silent[:, None].to(exact).expand(exact.shape[:2]))
-    low_rank.fit_(target, inner)
+    try:
+        target = target_weight(weight, exact, cross, ridge)
+        low_rank.fit_(target, inner)
+    except LinAlgError as failure:
+        raise ValueError(
+            f"the moments of layer {name!r} could not be decomposed ({failure}): leave it out with filter_fn."
+        ) from failure
     fitted = _stored_weight(low_rank)
     energy = moments.energy(centred=centred)
     missed = energy - 2 * float((fitted * cross).sum()) + float(((fitted @ exact) * fitted).sum())
@@ -220,37 +233,44 @@ class _Work:
         """Pair what reaches a layer in the compressed network with what leaves it in the dense one."""
         moments = Moments()
         outputs: list[Tensor] = []
-        inputs: list[Tensor] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
 
         def note_output(layer: nn.Module, _given: Tensor, output: Tensor, seed: int) -> None:
             outputs.append(output_rows(layer, output, seed))
 
-        def note_input(layer: nn.Module, given: Tensor, _output: Tensor, seed: int) -> None:
-            inputs.append(input_rows(layer, given, seed))
+        def note_pair(layer: nn.Module, given: Tensor, own: Tensor, seed: int) -> None:
+            rows, call = input_rows(layer, given, seed), len(pairs)
+            is_alike = call < len(outputs) and outputs[call].shape[:2] == rows.shape[:2]
+            # The compressed network may send a layer other rows; what the dense layer makes of those is known, too.
+            pairs.append((rows, outputs[call] if is_alike else output_rows(layer, own, seed)))
 
-        with running(self.model):
+        with running(self.model) as begin:
             for index, (batch, calls) in enumerate(zip(self.calibration.batches, traffic.calls, strict=True)):
                 if not calls:
                     continue
                 outputs.clear()
-                inputs.clear()
+                pairs.clear()
+                begin(index)
                 with self.norms.watching_dense(), _until(module, calls, note_output, index):
                     self._run(batch)
-                with self._compressed(), _until(module, calls, note_input, index):
+                begin(index)
+                with self._compressed(), _until(module, calls, note_pair, index):
                     self._run(batch)
-                for given, output in zip(inputs, outputs, strict=False):
-                    if given.shape[:2] == output.shape[:2]:
-                        moments.add(given, output)
+                for given, output in pairs:
+                    moments.add(given, output)
         self.norms.settle()
         moments.unite(self.calibration.team, weight_of(module).device)
         return moments
 
     def run_through(self) -> None:
         """Run both networks to the end, for the norms after the last layer."""
-        with running(self.model):
-            for batch in progress(self.calibration.batches, "settling norms", enabled=self.calibration.show):
+        with running(self.model) as begin:
+            batches = progress(self.calibration.batches, "settling norms", enabled=self.calibration.show)
+            for index, batch in enumerate(batches):
+                begin(index)
                 with self.norms.watching_dense():
                     self._run(batch)
+                begin(index)
                 with self._compressed():
                     self._run(batch)
         self.norms.settle()

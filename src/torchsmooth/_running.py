@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ._checks import describe, with_article
+from ._kept_state import KeptState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from torch import nn
 
 
@@ -54,6 +57,15 @@ def note(error: Exception, doing: str) -> None:
         error.add_note(f"torchsmooth was {doing}.")
 
 
+def check_not_mapped(layer: str, given: Any) -> None:
+    """Refuse an input under ``torch.vmap``: how many there are of it cannot be seen, nor what is in it."""
+    if isinstance(given, Tensor) and torch._C._functorch.is_batchedtensor(given):
+        raise ValueError(
+            f"layer {layer!r} is called under torch.vmap, where its inputs cannot be looked at: compress with "
+            "target='params' and without calibration, leave the layer out with filter_fn, or write its batch out."
+        )
+
+
 def outline(value: Any) -> str:
     """Say what a model was called with."""
     if isinstance(value, Tensor):
@@ -62,15 +74,33 @@ def outline(value: Any) -> str:
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without gradients; put back modes and random state at the end."""
+def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[int], None]]:
+    """Put a model in eval mode without gradients; put back modes, random state and what it keeps at the end.
+
+    Args:
+        model: any model.
+        changing: modules of it whose buffers are to be changed.
+
+    Yields:
+        What makes runs alike, called with the number of a batch before each: it puts back what the model keeps from one
+        call to the next, and random numbers are the same for the same batch.
+    """
     training = [(module, module.training) for module in model.modules()]
     devices = sorted({one.device.index for one in model.parameters() if one.device.type == "cuda"})
+    kept = KeptState(model, changing)
+
+    def begin(batch: int) -> None:
+        kept.put_back_()
+        torch.default_generator.manual_seed(batch)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(batch)
+
     try:
         for module, _ in training:
             module.training = False
         with torch.inference_mode(mode=False), torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
+            yield begin
     finally:
         for module, mode in training:
             module.training = mode
+        kept.put_back_()

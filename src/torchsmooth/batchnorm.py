@@ -26,7 +26,8 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
 
     The model runs over the batches with its BatchNorm layers in training mode and everything else (dropout) in eval
     mode; each statistic becomes the average of its values over the batches. Weights, modes, gradients and the random
-    state are as before afterwards; so are the statistics, if an error occurs on the way.
+    state are as before afterwards; so are the statistics of layers that no batch reaches (such as those of a branch
+    that runs in training alone), and all of them, if an error occurs on the way.
 
     Args:
         model: a model, for instance one that was just compressed.
@@ -39,8 +40,8 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
 
     Raises:
         TypeError: if ``model`` is not a module, ``batches`` cannot be iterated, or a batch is of another kind.
-        ValueError: if the model has no BatchNorm layer with running statistics, there are no batches, or a statistic
-            comes out NaN or infinite.
+        ValueError: if the model has no BatchNorm layer with running statistics, there are no batches, none of them
+            reaches such a layer, or a statistic comes out NaN or infinite.
 
     Example:
         >>> import torch, torchsmooth
@@ -62,13 +63,18 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
         raise ValueError(f"this {type(model).__name__} has no BatchNorm layer with running statistics to estimate.")
     # A model made in inference mode can be written to there alone.
     inference = torch.inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
-    with observing(model), inference, _estimating(list(norms.values())):
+    with observing(model, norms.values()), inference, _estimating(list(norms.values())):
         count = 0
         for batch in batches:
             run(model, check_batch(batch))
             count += 1
         if not count:
             raise ValueError("batches is empty: pass at least one batch (an iterator can be used up only once).")
+        if not any(_is_reached(norm) for norm in norms.values()):
+            raise ValueError(
+                f"no batch reaches a BatchNorm layer of this {type(model).__name__}, such as {next(iter(norms))!r}: "
+                "they are not called in eval mode, or for other inputs only."
+            )
         for name, norm in norms.items():
             if not all(bool(torch.isfinite(one).all()) for one in norm.buffers()):
                 raise ValueError(
@@ -82,7 +88,12 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> nn.Modul
 def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
     """Put norms in training mode, with fresh statistics; then put back momenta, and what an error spoils."""
     momenta = [(norm, norm.momentum) for norm in norms]
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    buffers = {norm: [(buffer, buffer.clone()) for buffer in norm.buffers()] for norm in norms}
+
+    def put_back(norm: _BatchNorm) -> None:
+        for buffer, before in buffers[norm]:
+            buffer.copy_(before)
+
     steps = [
         (norm.num_batches_tracked, norm.num_batches_tracked.clone())
         for norm in norms
@@ -93,12 +104,20 @@ def _estimating(norms: list[_BatchNorm]) -> Iterator[None]:
             norm.reset_running_stats()
             norm.training, norm.momentum = True, None  # None: the plain average over the batches
         yield
+        for norm in norms:
+            if not _is_reached(norm):
+                put_back(norm)
     except BaseException:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for norm in norms:
+            put_back(norm)
         raise
     finally:
         for tracked, before in steps:  # not training steps
             tracked.copy_(before)
         for norm, momentum in momenta:
             norm.momentum = momentum
+
+
+def _is_reached(norm: _BatchNorm) -> bool:
+    """Say whether a norm whose statistics were reset has seen a batch since."""
+    return norm.num_batches_tracked is None or bool(norm.num_batches_tracked)

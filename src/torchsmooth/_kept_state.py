@@ -1,0 +1,91 @@
+"""What a model keeps from one call to the next, beside its parameters: caches, hidden states, counters, queues."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+# What every module has: its children, parameters, buffers, hooks, its mode.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+# Layers of torch keep nothing in plain attributes, and wrappers of torch what nobody should meddle with.
+_OTHERS = ("torch", __name__.partition(".")[0])
+
+
+class KeptState:
+    """The buffers of a model, and the plain attributes of modules that are not torch's, as they are now.
+
+    Args:
+        model: any model.
+        but: modules whose buffers are left alone.
+    """
+
+    def __init__(self, model: nn.Module, but: Collection[nn.Module] = ()) -> None:
+        modules = list(model.modules())
+        self._buffers = [(one._buffers, dict(one._buffers)) for one in modules if one not in but]
+        self._tensors = [
+            (tensor, tensor.data_ptr(), tensor._version, tensor.clone())
+            for _, buffers in self._buffers
+            for tensor in buffers.values()
+            if tensor is not None and _can_be_copied(tensor)
+        ]
+        own = [one for one in modules if type(one).__module__.partition(".")[0] not in _OTHERS]
+        self._attributes = [(vars(one), _plain(vars(one))) for one in own]
+        self._containers = [
+            (value, value.copy())
+            for _, plain in self._attributes
+            for value in plain.values()
+            if isinstance(value, (list, dict, set, deque))
+        ]
+
+    @torch.no_grad()
+    def put_back_(self) -> None:
+        """Make all of it what it was."""
+        for buffers, before in self._buffers:
+            if not _are_same(buffers, before):
+                buffers.clear()
+                buffers.update(before)
+        for tensor, address, version, values in self._tensors:
+            if tensor._version != version or tensor.data_ptr() != address:
+                tensor.copy_(values)
+        for attributes, plain in self._attributes:
+            if not _are_same(_plain(attributes), plain):
+                for name in _plain(attributes):
+                    del attributes[name]
+                attributes.update(plain)
+        for container, content in self._containers:
+            _refill_(container, content)
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    """Say whether a tensor has values, in memory of its own, that may be written to."""
+    return type(tensor.data) is Tensor and not tensor.is_inference() and tensor.layout is torch.strided
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}
+
+
+def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+
+
+def _refill_(container: Any, before: Any) -> None:
+    """Put back what a container held, if it holds anything else now."""
+    if isinstance(container, dict):
+        if not _are_same(container, before) or list(container) != list(before):
+            container.clear()
+            container.update(before)
+    elif isinstance(container, set):
+        if container != before:
+            container.clear()
+            container.update(before)
+    elif len(container) != len(before) or any(now is not one for now, one in zip(container, before, strict=True)):
+        container.clear()
+        container.extend(before)
