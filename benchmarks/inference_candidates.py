@@ -223,10 +223,10 @@ def _packed(model: nn.Module, inputs: Tensor) -> nn.Module:
     model = copy.deepcopy(model)
     if inputs.dim() == _IMAGES:
         model.to(memory_format=_LAST)
-    layers = {one for one in model.modules() if isinstance(one, LowRankLayer) and is_tunable(one)}
+    layers = {one: name for name, one in model.named_modules() if isinstance(one, LowRankLayer) and is_tunable(one)}
     with observing(model):
         calls = observe_calls(model, as_inputs(inputs), layers)
-        for layer in layers & calls.keys():
+        for layer in calls:
             use_(layer, derive(layer, "packed_dense", calls[layer].args[0]) or derive(layer, "dense"))
     return model
 

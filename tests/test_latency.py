@@ -320,3 +320,21 @@ def test_seconds_are_those_of_one_call():
     calls = []
     assert seconds(lambda: calls.append(1), torch.device("cpu"), 5) >= 0
     assert len(calls) == 5
+
+
+class Mixed(nn.Module):
+    """Calls a layer by keyword, under an autocast of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(40, 40), nn.Linear(40, 40)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return self.b(input=self.a(x))
+
+
+def test_calls_by_keyword_and_under_autocast_are_timed():
+    plan = plan_compression(fill_(Mixed(), 0).eval(), 1e-9, target="latency", example_inputs=torch.zeros(8, 40))
+    assert not any("never called" in layer.reason for layer in plan)
+    assert all(layer.prices.dense > 0 for layer in plan)

@@ -607,3 +607,72 @@ def test_bad_arguments_are_refused_before_anything_is_run():
         torchsmooth.tune_(mlp(), inputs)
     with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module"):
         torchsmooth.tune_("model", inputs)
+
+
+class Autocast(nn.Module):
+    """Brings its own autocast, so that layers get inputs of another dtype than their weights have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return self.b(nn.functional.relu(self.a(x)))
+
+
+def test_a_model_with_an_autocast_of_its_own_is_tuned_as_it_runs():
+    model = fill_(Autocast(), 0).eval()
+    torchsmooth.svd_compress_(model, 0.3)
+    x = randn(16, 64, seed=1, dtype=torch.float32)
+    expected = run(model, x)
+    report = torchsmooth.tune_(model, x)
+    assert all({"factored", "dense"} <= layer.seconds.keys() for layer in report.layers)
+    assert not any("packed" in way for layer in report.layers for way in layer.seconds)  # not used under autocast
+    assert close(run(model, x).float(), expected.float(), 5e-2)
+
+
+class ByKeyword(nn.Module):
+    """Calls one of its layers by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x):
+        return self.b(input=self.a(x))
+
+
+def test_a_layer_that_is_called_by_keyword_is_tuned_too():
+    model = fill_(ByKeyword(), 0).eval()
+    torchsmooth.svd_compress_(model, 0.5)
+    report = torchsmooth.tune_(model, randn(16, 48, seed=1, dtype=torch.float32))
+    assert not any(layer.note for layer in report.layers)
+    assert all(layer.seconds for layer in report.layers)
+
+
+def replica_of(module, device):
+    """Copy a module as nn.DataParallel does for another device."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = replica_of(child, device)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.detach().to(device))
+    for name, buffer in module._buffers.items():
+        replica._buffers[name] = buffer.to(device)
+    return replica
+
+
+@pytest.mark.parametrize("execution", ["dense", "factored"])
+def test_copies_for_other_devices_run_their_own_factors(execution):
+    model = fill_(nn.Sequential(nn.Linear(32, 32)), 0).eval()
+    torchsmooth.svd_compress_(model, 0.5, form="pivoted")
+    x = randn(3, 32, seed=1, dtype=torch.float32)
+    use_(model[0], derive(model[0], execution, x))
+    with torch.no_grad():
+        assert replica_of(model, "meta")(x.to("meta")).is_meta
+        assert close(replica_of(model, "cpu")(x), model(x), 1e-5)
+    assert model[0].execution == execution

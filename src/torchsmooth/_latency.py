@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,12 +13,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ._layers import KINDS, weight_of
 from ._prices import TimePrices
 from ._progress import progress
-from ._running import observing
+from ._running import check_not_mapped, observing
 from ._swap import swap_
 from ._timing import median_nanoseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from ._expansion import Expansion
     from ._matricise import Form, LayerScheme
@@ -32,10 +34,18 @@ _Times = dict[tuple["LayerScheme", "Form"], dict["Rank", int]]
 
 
 class Calls(NamedTuple):
-    """What a layer was called with first, and how often it was called."""
+    """What a layer was called with first, how often it was called, and the dtype of autocast there, if it was on."""
 
     args: tuple[Any, ...]
     times: int
+    autocast: torch.dtype | None = None
+
+    def alike(self) -> AbstractContextManager[Any]:
+        """Return what makes operators run as they did in the model."""
+        if self.autocast is None:
+            return nullcontext()
+        device = next(one.device.type for one in self.args if isinstance(one, Tensor))
+        return torch.autocast(device, dtype=self.autocast, cache_enabled=False)
 
 
 def measure_times(
@@ -64,16 +74,17 @@ def measure_times(
     with observing(model):
         device = device_of(model)
         (whole,) = median_nanoseconds([partial(inputs.run, model)], device)
-        calls = observe_calls(model, inputs, {module for _, module in layers.values()})
+        calls = observe_calls(model, inputs, {module: name for name, (_, module) in layers.items()})
         for name, (layer, module) in progress(layers.items(), "Timing layers", len(layers), show):
             if module not in calls:
                 measured[name] = 0, 0, {}
                 continue
-            args, count = calls[module]
-            key = _alike(module, args)
+            called = calls[module]
+            key = _alike(module, called.args), called.autocast
             if key not in known:
-                known[key] = _measure(layer, module, args, multiple)
-            measured[name] = count, *known[key]
+                with called.alike():
+                    known[key] = _measure(layer, module, called.args, multiple)
+            measured[name] = called.times, *known[key]
     together = sum(count * dense for count, dense, _ in measured.values())
     share = min(1.0, whole / together) if together else 1.0  # timed alone, layers may take longer than in the model
 
@@ -131,14 +142,23 @@ def device_of(model: nn.Module) -> torch.device:
     return next((one.device for one in model.parameters()), torch.device("cpu"))
 
 
-def observe_calls(model: nn.Module, inputs: Inputs, modules: set[Any]) -> dict[nn.Module, Calls]:
-    """Run a model, and note what some of its modules were called with."""
+def observe_calls(model: nn.Module, inputs: Inputs, names: Mapping[Any, str]) -> dict[nn.Module, Calls]:
+    """Run a model, and note what some of its modules, known by these names, were called with."""
     found: dict[nn.Module, Calls] = {}
 
+    by_keyword: set[nn.Module] = set()
+
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module in modules and args:
-            first = found.get(module, Calls(args, 0))
-            found[module] = Calls(first.args, first.times + 1)
+        if module not in names:
+            return
+        if not args:
+            by_keyword.add(module)
+            return
+        check_not_mapped(names[module], args[0])
+        device = next((one.device.type for one in args if isinstance(one, Tensor)), "cpu")
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        first = found.get(module, Calls(args, 0, dtype))
+        found[module] = first._replace(times=first.times + 1)
 
     # A hook for all modules: hooks of its own would keep nn.TransformerEncoderLayer from running its layers fused, and
     # what is fused gets no faster by a low-rank layer.
@@ -147,6 +167,15 @@ def observe_calls(model: nn.Module, inputs: Inputs, modules: set[Any]) -> dict[n
         inputs.run(model)
     finally:
         handle.remove()
+    if by_keyword:  # which hooks for all modules are not given
+        with ExitStack() as stack:
+            for module in by_keyword:
+                hook = module.register_forward_pre_hook(
+                    lambda module, args, kwargs: note(module, args or (kwargs["input"],)), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+                found.pop(module, None)
+            inputs.run(model)
     return found
 
 

@@ -118,6 +118,11 @@ class LowRankLayer(nn.Module):
             use_(self, None)
         return done
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        use_(replica, None)  # what was derived lies on one device
+        return replica
+
     def _factor(self, child: str) -> Tensor:
         weight: Tensor = getattr(self, child).weight
         return dequantised(weight)

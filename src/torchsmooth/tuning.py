@@ -290,7 +290,7 @@ class _Tuner:
         stored = _Setting(placed, dict.fromkeys(self.layers.values()))
         stored.put_()
         with observing(self.model):
-            calls = observe_calls(self.model, self.inputs, set(self.layers.values()))
+            calls = observe_calls(self.model, self.inputs, {one: name for name, one in self.layers.items()})
         known: dict[object, dict[str, float]] = {}
         measured: dict[str, dict[str, float]] = {}
         chosen: dict[LowRankLayer, Derived | None] = {}
@@ -301,19 +301,22 @@ class _Tuner:
             if layer not in calls:
                 self.notes[name] = "never called"
                 continue
-            args = calls[layer].args
-            key = _alike(layer, args)
+            called = calls[layer]
+            # Packed weights are not used under autocast.
+            allowed = [one for one in self.allowed if called.autocast is None or one not in _PACKED]
+            key = _alike(layer, called.args), called.autocast
             ways: dict[str, Derived | None] = {}
             if key not in known:
-                ways = self._ways(name, layer, self.allowed, args, last=last)
-                known[key] = _measure(layer, ways, args, graphs=self.graphs)
+                ways = self._ways(name, layer, allowed, called.args, last=last)
+                with called.alike():
+                    known[key] = _measure(layer, ways, called.args, graphs=self.graphs)
             measured[name] = times = known[key]
             fastest = min(times, key=lambda way: times[way] * (1 + _MARGIN * (way != layer.form)))
             # Alone, a layer finds its weight in the caches, and laying it out takes less than in the model.
             fastest_packed = min((way for way in times if way in _PACKED), key=times.__getitem__, default=fastest)
             # A layer like one that was measured: of the others nothing is needed, and pivots take a while to find.
-            wanted = [one for one in self.allowed if one in (fastest, fastest_packed, "dense", "fused")]
-            ways = ways or self._ways(name, layer, wanted, args, last=last)
+            wanted = [one for one in allowed if one in (fastest, fastest_packed, "dense", "fused")]
+            ways = ways or self._ways(name, layer, wanted, called.args, last=last)
             chosen[layer], packed[layer], dense[layer] = ways[fastest], ways[fastest_packed], ways.get("dense")
         merged: Any = dense  # projections need not be low-rank layers
         for attention in (one for one in self.model.modules() if isinstance(one, LowRankMultiheadAttention)):
