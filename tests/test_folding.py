@@ -281,3 +281,27 @@ def test_bad_arguments_are_refused_and_nothing_changes():
         fold(nn.ReLU().eval())
     with pytest.raises(TypeError, match=r"^model must be"):
         fold("model")
+
+
+class InAList(nn.Module):
+    """Runs what it keeps in a plain list, which is not told when a child is replaced."""
+
+    def __init__(self, attribute="conv"):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.stages = [getattr(self, attribute)]
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("attribute", ["conv", "norm"])
+def test_what_a_plain_attribute_holds_stays(attribute):
+    model = fill_(InAList(attribute), 0).eval()
+    before = snapshot(model)
+    report = torchsmooth.fold_batchnorm_(model)
+    assert report.folded == {}
+    assert "plain attribute stages" in report.left["norm"]
+    with pytest.raises(ValueError, match="plain attribute stages"):
+        torchsmooth.fold_batchnorm_(model, pairs=[("conv", "norm")])
+    assert same(snapshot(model), before)

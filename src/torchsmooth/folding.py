@@ -17,6 +17,7 @@ from ._follows import Follower, followers
 from ._linalg import clamped, working_copy
 from ._lowrank_layer import LowRankLayer, check_writable
 from ._norms import affine_of, norms_of
+from ._sharing import Sharing
 from ._swap import swap_
 from ._table import format_table
 from .lowrank_conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -112,13 +113,13 @@ def fold_batchnorm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | None
             "model.eval() first."
         )
     fed = followers(model) if given is None else given
-    modules, shared = dict(model.named_modules()), _shared(model)
+    modules, shared, sharing = dict(model.named_modules()), _shared(model), Sharing(model)
     folded: dict[str, str] = {}
     left: dict[str, str] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for name, follower in fed.items():
         norm, layer = norms[name], modules.get(follower.layer)
-        reason = follower.reason or _why_not(follower.layer, layer, norm, shared)
+        reason = follower.reason or _why_not(follower.layer, layer, norm, shared) or _held(sharing, layer, name, norm)
         if reason and given is not None:
             raise ValueError(f"{name!r} cannot be folded into {follower.layer!r}: {reason}.")
         if reason or layer is None:
@@ -184,6 +185,13 @@ def _why_not(name: str, layer: nn.Module | None, norm: _BatchNorm, shared: set[i
     if not all(bool(one.isfinite().all()) for one in values if one is not None):
         return "a value is NaN or infinite"
     return ""
+
+
+def _held(sharing: Sharing, layer: nn.Module | None, name: str, norm: _BatchNorm) -> str:
+    """Say who else would go on with a layer or a norm as it was; empty if nobody would."""
+    parts = [] if layer is None else [*layer.modules(), *norm.modules()]
+    held = next(filter(None, map(sharing.of_module, parts)), "")
+    return f"the layer or {name!r} is {held}" if held else ""
 
 
 @torch.no_grad()
