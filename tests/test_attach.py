@@ -412,3 +412,71 @@ def test_no_random_number_is_drawn():
     attach_(optimizer, model)
     optimizer.step()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Derived(torch.optim.SGD):
+    """Calls the step of the class it was derived from."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise RuntimeError("boom")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_the_step_of_another_class_counts_once(with_closure):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # whose step torch wraps, too
+    found = []
+    for cls in (torch.optim.SGD, Derived):
+        model = fill_(nn.Linear(4, 4), 0)
+        register_penalty(model, "weight", FirstDerivative(0.1))
+        optimizer = cls(model.parameters(), lr=1.0)
+        handle = attach_(optimizer, model)
+        for _ in range(3):
+            model.zero_grad()
+            optimizer.step(*([lambda model=model: model.weight.sum() * 0] if with_closure else []))
+        assert handle.step == 3
+        found.append(model.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_a_step_that_failed_does_not_keep_the_next_from_counting():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    model = fill_(nn.Linear(4, 4), 0)
+    register_penalty(model, "weight", FirstDerivative(0.1))
+    optimizer = Derived(model.parameters(), lr=1.0)
+    handle = attach_(optimizer, model)
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="boom"):
+        optimizer.step()
+    optimizer.fails = False
+    model.zero_grad()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert handle.step == 2
+    assert not torch.equal(model.weight, before)
+
+
+class Fussy(ValueError):
+    """Wants two arguments, as errors of other libraries do."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+class Failing(FirstDerivative):
+    """Cannot be evaluated."""
+
+    def value_and_gradient(self, *_, **__):
+        raise Fussy("this", "that")
+
+
+def test_an_error_of_ones_own_penalty_keeps_its_words():
+    model = nn.Linear(4, 4)
+    register_penalty(model, "weight", Failing(0.1))
+    optimizer = sgd(model)
+    attach_(optimizer, model)
+    with pytest.raises(ValueError, match="weight.*this: that"):
+        optimizer.step()

@@ -206,3 +206,11 @@ def test_auto_goes_by_dtype_and_device(dtype, device):
     else:
         assert method == "eigh"
     assert all(resolve(one, dtype, torch.device(device)) == one for one in METHODS)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e-40])
+def test_weights_that_are_hardly_there_have_a_polar_factor(scale):
+    matrix = randn(8, 8, seed=0).mul(scale).float()
+    left, _, right = reference(matrix)
+    _, polar = nuclear_norms_and_polars(matrix.unsqueeze(0), "eigh")
+    assert torch.allclose(polar[0].double(), left @ right, atol=1e-3)

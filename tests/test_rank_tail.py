@@ -361,3 +361,75 @@ def test_descriptions_are_values():
     assert hash(RankTail(0.8)) == hash(RankTail(0.8))
     assert RankTail(0.8) != RankTail(0.9)
     assert repr(RankTail(0.8)).startswith("RankTail(strength=0.01, ratio=0.8")
+
+
+def steps(optimizer, count):
+    for _ in range(count):
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+
+
+def test_a_penalty_that_is_removed_from_a_layer_leaves_the_others_going():
+    model = fill_(nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)), 0)
+    optimizer, handle = attached(model, RankTail(0.3, refresh_every=3, replan_every=7), lr=0.1)
+    steps(optimizer, 2)
+    remove_penalties(model[0])
+    first, second = model[0].weight.clone(), model[2].weight.clone()
+    steps(optimizer, 20)
+    assert torch.equal(model[0].weight, first)
+    assert not torch.equal(model[2].weight, second)
+    assert handle.step == 22
+
+
+def test_a_layer_that_takes_the_place_of_another_is_not_projected_as_that_was():
+    model = fill_(nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)), 0)
+    penalty = RankTail(0.3, refresh_every=5)
+    optimizer, _ = attached(model, penalty, lr=0.1)
+    model[2] = fill_(nn.Linear(24, 10), 1)
+    smooth_(model[2], penalty)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    steps(optimizer, 8)
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+@pytest.mark.parametrize("scheme", ["channel", "tucker"])
+def test_autocast_around_the_step_does_not_round_the_tail(scheme):
+    found = []
+    for enabled in (False, True):
+        model = mixed()
+        optimizer, _ = attached(model, RankTail(0.4, 0.1, scheme=scheme))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            steps(optimizer, 3)
+        found.append([one.detach() for one in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_state_of_other_sizes_is_refused_by_name():
+    small, large = (fill_(nn.Sequential(nn.Linear(size, size)), 0) for size in (16, 32))
+    state = attached(small, RankTail(0.3))[1].state_dict()
+    _, handle = attached(large, RankTail(0.3))
+    before = handle.state_dict()
+    with pytest.raises(ValueError, match=r"'0.weight' does not fit a weight of shape \(32, 32\)"):
+        handle.load_state_dict(state)
+    assert repr(handle.state_dict()) == repr(before)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "tucker", "auto"])
+def test_values_that_are_no_numbers_are_refused_by_name(scheme):
+    model = mixed()
+    optimizer, _ = attached(model, RankTail(0.4, scheme=scheme, refresh_every=1))
+    steps(optimizer, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"\d.weight' holds \d+ NaN"):
+        steps(optimizer, 1)
+
+
+def test_layers_that_it_does_not_reach_are_named_as_the_cause():
+    model = nn.Sequential(nn.LSTM(32, 32), nn.Linear(4, 4))
+    smooth_(model, RankTail(0.6))
+    with pytest.raises(ValueError, match="RankTail plans for the layers that it is registered on"):
+        attach_(torch.optim.SGD(model.parameters(), 0.1), model)

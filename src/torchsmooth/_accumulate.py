@@ -59,8 +59,9 @@ class Gradients:
             labels = ", ".join(one.label for one, _ in self._computed.values())
             raise ValueError(
                 f"the gradient cannot be sent on to the parameters that these tensors are computed from: {labels}. "
-                "They must be computed when they are read, as torch.nn.utils.parametrize does (use "
-                "torch.nn.utils.parametrizations.weight_norm or spectral_norm, not the functions without s)."
+                "They must be computed anew when they are read, as torch.nn.utils.parametrize does: use "
+                "torch.nn.utils.parametrizations.weight_norm or spectral_norm, not the functions without s; call "
+                "prune.remove where a mask was put on; and step outside of parametrize.cached()."
             ) from error
         with torch.no_grad():
             for parameter, gradient in zip(parameters, found, strict=True):

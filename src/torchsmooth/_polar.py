@@ -45,6 +45,9 @@ _QUINTICS = (
 # In bfloat16 a singular value can be rounded up past the interval, where the quintics grow without bound.
 _CUSHION = 1.01
 
+# Of a singular value, in single precision, with room for the product.
+_LARGEST_INVERSE = 1e30
+
 
 def resolve(method: PolarMethod, dtype: torch.dtype, device: torch.device) -> PolarMethod:
     """Choose a method where it is left open.
@@ -97,8 +100,10 @@ def nuclear_norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Ten
         kept = values > tolerance * largest
         inverse = torch.where(kept, values, torch.ones_like(values)).reciprocal() * kept
         root = (left * inverse.unsqueeze(-2)) @ left.mT
-        # Single precision magnifies its rounding by largest / smallest singular value: enough where that is moderate.
-        if not torch.compiler.is_compiling() and not matrices.is_meta and bool((inverse * largest < 100).all()):  # noqa: PLR2004
+        # Single precision magnifies its rounding by largest / smallest singular value: enough where that is moderate,
+        # and where the inverses are in its range.
+        small = (inverse * largest < 100) & (inverse < _LARGEST_INVERSE)  # noqa: PLR2004
+        if not torch.compiler.is_compiling() and not matrices.is_meta and bool(small.all()):
             root, wide = root.to(matrices), (matrices.mT if tall else matrices)
         polars = root @ wide
     return values.sum(-1).to(matrices), (polars.mT if tall else polars).to(matrices)

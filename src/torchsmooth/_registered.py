@@ -182,7 +182,8 @@ def naming(many: Sequence[Registered]) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         one = many[0] if len(many) == 1 else next(filter(_fails, many), many[0])
-        raise type(error)(f"{one.label}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError  # a subclass may take other arguments
+        raise kind(f"{one.label}: {error}") from error
 
 
 def _fails(one: Registered) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -125,6 +126,7 @@ class PenaltyHandle:
     ) -> None:
         self.model, self.every, self.schedule = model, every, schedule
         self.step = 0
+        self._depth = 0
         # The names of tensors, under which a checkpoint keeps what adapts, do not depend on the wrapper.
         self._optimizer, self._inner = optimizer, unwrapped(model)
         self._adaptations: dict[AdaptivePenalty, Adaptation] = {}
@@ -142,11 +144,15 @@ class PenaltyHandle:
             )
         self._uses = 0
         self._begin()
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def remove(self) -> None:
         """Undo :func:`attach_`. Calling it again does nothing."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._optimizer.__dict__.get(_HANDLES, {}).pop(id(self), None)
 
     def adaptation(self, penalty: AdaptivePenalty) -> Adaptation:
@@ -183,7 +189,7 @@ class PenaltyHandle:
         given: object = state
         parts = given if isinstance(given, Mapping) else {}
         step, adaptive = parts.get("step"), parts.get("adaptive")
-        if not isinstance(step, int) or not isinstance(adaptive, Mapping) or adaptive.keys() != mine.keys():
+        if type(step) is not int or step < 0 or not isinstance(adaptive, Mapping) or adaptive.keys() != mine.keys():
             got = f"that of one with {_listed(adaptive)}" if isinstance(adaptive, Mapping) else describe(state)
             got += (
                 f" of {quoted([str(key) for key in parts]) or 'nothing'}" if parts and "adaptive" not in parts else ""
@@ -192,11 +198,18 @@ class PenaltyHandle:
                 f"the state does not belong to this handle: expected what state_dict() of a handle with "
                 f"{_listed(mine)} returns, got {got}."
             )
+        loaded: list[tuple[Adaptation, Any]] = []
         try:
             for key, one in mine.items():
+                before = one.state_dict()
                 one.load_state_dict(adaptive[key])
-        except KeyError as error:
-            raise ValueError(f"the state does not belong to this handle: that of {key} lacks {error}.") from error
+                loaded.append((one, before))
+        except BaseException as error:
+            for one, before in loaded:
+                one.load_state_dict(before)
+            if isinstance(error, KeyError):
+                raise ValueError(f"the state does not belong to this handle: that of {key} lacks {error}.") from error
+            raise
         self.step = step
 
     def __reduce__(self) -> NoReturn:
@@ -238,6 +251,13 @@ class PenaltyHandle:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add the gradients; or, where the optimizer computes them itself by a closure, see that they are added."""
+        # Torch calls the hooks again where the step of a class calls that of the class it was derived from. After a
+        # step that has failed nothing is counted down.
+        if self._depth and _steps_under_way(self._optimizer) < self._depth + 1:
+            self._depth = 0
+        self._depth += 1
+        if self._depth > 1:
+            return None
         factor = self._factor()
         # The optimizer itself comes first among the arguments.
         place = 1 if len(args) > 1 else None
@@ -261,6 +281,9 @@ class PenaltyHandle:
         if place is None:
             return args, kwargs | {"closure": completed}
         return (*args[:place], completed, *args[place + 1 :]), kwargs
+
+    def _after_step(self, *_: object) -> None:
+        self._depth = max(0, self._depth - 1)
 
     def _factor(self) -> float:
         if self.step % self.every:
@@ -322,3 +345,13 @@ class PenaltyHandle:
             for one in penalties
             if isinstance(one, AdaptivePenalty)
         }
+
+
+def _steps_under_way(optimizer: Optimizer) -> int:
+    """Count the calls of an optimizer's ``step``, each in the wrapper that torch puts around it, on the stack."""
+    count, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if "profile_name" in frame.f_code.co_varnames and frame.f_locals.get("self") is optimizer:
+            count += 1
+    return count

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ._checks import check_choice, check_count, check_open_unit, quoted
+from ._checks import check_choice, check_count, check_open_unit, check_values, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._leading import leading_basis
 from ._matricise import FORMS, Matricisation
@@ -125,6 +125,7 @@ class TailPlan(Adaptation):
     def __init__(self, description: RankTail, model: nn.Module) -> None:
         self._description, self._model = description, unwrapped(model)
         self.plan: CompressionPlan | None = None
+        self._planned: set[str] = set()
         self._projections: dict[str, _Projection] = {}
         self._planned_at = self._refreshed_at = 0
         self._replan(0)
@@ -143,8 +144,11 @@ class TailPlan(Adaptation):
         tensor = weight.tensor.detach()
         if projection is None:
             return tensor.new_zeros(()), torch.zeros_like(tensor)
-        kept = projection(tensor)
-        tail = tensor.to(kept.dtype) - kept
+        if projection.shape not in (None, tensor.shape):  # another layer has taken the place since
+            return tensor.new_zeros(()), torch.zeros_like(tensor)
+        with torch.autocast(tensor.device.type, enabled=False):
+            kept = projection(tensor)
+            tail = tensor.to(kept.dtype) - kept
         return self._description.strength * tail.square().sum() / 2, self._description.strength * tail
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,6 +164,7 @@ class TailPlan(Adaptation):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the ranks and bases of a checkpoint."""
+        planned_at, refreshed_at = state["planned_at"], state["refreshed_at"]
         layers, modules = state["layers"], {name: module for module, name in self._tensors().items()}
         unknown = layers.keys() - modules.keys()
         if unknown:
@@ -167,22 +172,40 @@ class TailPlan(Adaptation):
                 f"the state of {self._description} is that of another model: {quoted(unknown)} carry no such penalty "
                 "in this one."
             )
-        self._projections = {
-            name: _Projection(saved["scheme"], _layout(modules[name], saved["scheme"]), saved["rank"], saved["bases"])
-            for name, saved in layers.items()
-        }
-        self._planned_at, self._refreshed_at, self.plan = state["planned_at"], state["refreshed_at"], None
+        projections = {}
+        for name, saved in layers.items():
+            layout = _layout(modules[name], saved["scheme"])
+            projection = _Projection(saved["scheme"], layout, saved["rank"], saved["bases"])
+            weight = _trained(modules[name])
+            if not projection.fits(weight):
+                raise ValueError(
+                    f"the state of {self._description} is that of another model: what it keeps of {name!r} does not "
+                    f"fit a weight of shape {tuple(weight.shape)}."
+                )
+            projections[name] = projection
+        self._projections = projections
+        self._planned_at, self._refreshed_at, self.plan = planned_at, refreshed_at, None
 
     def _replan(self, step: int) -> None:
         description, tensors = self._description, self._tensors()
-        self.plan = plan_compression(
-            self._model,
-            description.ratio,
-            scheme=description.scheme,
-            form=description.form,
-            filter_fn=lambda module, _: module in tensors,
-            progress=False,
-        )
+        try:
+            self.plan = plan_compression(
+                self._model,
+                description.ratio,
+                scheme=description.scheme,
+                form=description.form,
+                filter_fn=lambda module, _: module in tensors,
+                progress=False,
+            )
+        except ValueError as error:
+            if self._projections and set(tensors.values()) != self._planned:
+                self._planned_at = step  # of fewer layers than there were: they go on as they were planned
+                self._refresh(step)
+                return
+            if "filter_fn" not in str(error):  # which nobody has given
+                raise
+            raise ValueError(f"{description} cannot be planned: {error} {_REACH}") from error
+        self._planned = set(tensors.values())
         modules = dict(self._model.named_modules())
         self._projections = {}
         for layer in self.plan:
@@ -194,7 +217,14 @@ class TailPlan(Adaptation):
 
     def _refresh(self, step: int) -> None:
         weights = {name: _trained(module) for module, name in self._tensors().items()}
+        # The penalty may have been removed from a layer since, or another layer may have taken its place.
+        self._projections = {
+            name: one
+            for name, one in self._projections.items()
+            if name in weights and one.shape in (None, weights[name].shape)
+        }
         for name, projection in self._projections.items():
+            check_values(weights[name], name)
             projection.refresh(weights[name])
         self._refreshed_at = step
 
@@ -207,6 +237,12 @@ class TailPlan(Adaptation):
         }
 
 
+_REACH = (
+    "(RankTail plans for the layers that it is registered on, of those with a weight of their own: Linear, "
+    "convolutions and Embedding, not attention, recurrent, parametrized or low-rank layers.)"
+)
+
+
 class _Projection:
     """What projects one weight onto the part of it that is kept.
 
@@ -214,14 +250,17 @@ class _Projection:
         scheme: of the plan.
         rank: a number, or a pair in scheme ``"tucker"``.
         bases: orthonormal columns: one basis of the small side; in scheme ``"tucker"`` of the outputs and the inputs.
+        shape: of the weight; None until bases were taken from one.
     """
 
     def __init__(self, scheme: LayerScheme, layout: Layout, rank: Rank, bases: Sequence[Tensor]) -> None:
         self.scheme, self.rank, self.bases = scheme, rank, tuple(bases)
+        self.shape: torch.Size | None = None
         self._layout: Any = layout
 
     def refresh(self, weight: Tensor) -> None:
         """Take the leading singular vectors of a weight, in its dtype or a wider one, and on its device."""
+        self.shape = weight.shape
         if isinstance(self.rank, tuple):
             outer, _, inner = tucker_factors(self._layout.to_tensors(weight), self.rank)
             bases = [outer, inner.mT]
@@ -232,6 +271,13 @@ class _Projection:
             basis.to(weight.device, _working(weight.dtype), copy=True, memory_format=torch.contiguous_format)
             for basis in bases
         )
+
+    def fits(self, weight: Tensor) -> bool:
+        """Say whether the bases are those of a weight of this shape."""
+        try:
+            return self(torch.empty_like(weight, device="meta")).shape == weight.shape
+        except (RuntimeError, ValueError, TypeError):
+            return False
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Project a weight."""
