@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_model
 from torch import nn
 
 from testbed.cifar_resnet import load_cifar_resnet
@@ -20,7 +21,7 @@ from tests import checkpoints
 from tests.checkpoints import KINDS, load, out, same, save
 from tests.networks import Tied, mlp, small_resnet
 from tests.strategies import fill_, hard_matrix, randn, seeds
-from torchsmooth import _leading, _options, compress_checkpoint, load_compressed_, svd_compress_
+from torchsmooth import LowRankLinear, _leading, _options, compress_checkpoint, load_compressed_, svd_compress_
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -386,3 +387,89 @@ def test_the_helpers_of_these_tests_see_a_difference(tmp_path):
     other["0.bias"][0] += 1
     assert not same(state, other)
     assert checkpoints.out(tmp_path, "sharded").suffix == ""
+
+
+class Twice(nn.Module):
+    """Has a layer under two names."""
+
+    def __init__(self, names=("a", "b")):
+        super().__init__()
+        layer = nn.Linear(32, 32)
+        for name in names:
+            setattr(self, name, layer)
+        self.out = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def check_loads(model, path, **options):
+    x = torch.ones(3, 32)
+    again = load_compressed_(Twice(**options), path)
+    assert torch.equal(model(x), again(x))
+    assert again.a is again.b
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_layer_under_two_names_is_compressed_under_both(tmp_path, names):
+    model = fill_(Twice(names), 0)
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    save_model(model, tmp_path / "dense.safetensors")  # which keeps one of the names
+    expected = copy.deepcopy(model)
+    svd_compress_(expected, 0.4)
+    for kind in ("pt", "safetensors"):
+        small = tmp_path / f"small.{kind}"
+        report = compress_checkpoint(tmp_path / f"dense.{kind}", small, 0.4, model=model)
+        assert len(report.layers) == 2
+        check_loads(expected, small, names=names)
+        assert not any(key in load(small) for key in ("a.weight", "b.weight"))
+        assert small.stat().st_size < (tmp_path / f"dense.{kind}").stat().st_size
+    save_model(expected, tmp_path / "saved.safetensors")
+    check_loads(expected, tmp_path / "saved.safetensors", names=names)
+
+
+class Versioned(nn.Module):
+    """Wants to know by which version of it a state dict was saved."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"saved by version {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_modules_are_read_from_a_file_too(tmp_path):
+    model = nn.Sequential(Versioned(), nn.Linear(32, 8))
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    compress_checkpoint(tmp_path / "dense.pt", tmp_path / "small.pt", 0.3)
+    again = load_compressed_(nn.Sequential(Versioned(), nn.Linear(32, 8)), tmp_path / "small.pt")
+    assert isinstance(again[0].inner, LowRankLinear)
+
+
+def test_views_of_one_large_tensor_do_not_keep_it_in_the_file(tmp_path):
+    model = fill_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 0)
+    state = model.state_dict()
+    flat = torch.cat([one.flatten() for one in state.values()])
+    views = dict(
+        zip(
+            state,
+            (
+                part.view(one.shape)
+                for part, one in zip(flat.split([one.numel() for one in state.values()]), state.values(), strict=True)
+            ),
+            strict=True,
+        )
+    )
+    views["tied"] = views["0.bias"]
+    torch.save(views, tmp_path / "flat.pt")
+    compress_checkpoint(tmp_path / "flat.pt", tmp_path / "small.pt", 0.7)
+    found = load(tmp_path / "small.pt")
+    assert (tmp_path / "small.pt").stat().st_size < 0.5 * (tmp_path / "flat.pt").stat().st_size
+    bias = next(value for key, value in found.items() if key.startswith("0.") and key.endswith("bias"))
+    assert torch.equal(found["tied"], state["0.bias"])
+    assert bias.untyped_storage().data_ptr() == found["tied"].untyped_storage().data_ptr()

@@ -265,3 +265,34 @@ def test_an_index_may_get_a_name_of_its_own(tmp_path):
     weight_map = json.loads((tmp_path / "small" / "other.index.json").read_text())["weight_map"]
     assert set(weight_map.values()) == {"part-0.pt", "part-1.pt"}
     assert same(load(tmp_path / "small" / "other.index.json"), compressed())
+
+
+def test_a_draft_that_was_left_by_a_killed_run_does_not_stay(tmp_path, monkeypatch):
+    source, target = save(mlp(sizes=SIZES).state_dict(), tmp_path, "sharded"), out(tmp_path, "sharded")
+    stopped(source, target, Watch(monkeypatch), "commit", 0)
+    (folder,) = tmp_path.glob(".*torchsmooth-partial")
+    (folder / "files" / ".part-1.safetensors.0123").write_bytes(b"half of it")
+    compress_checkpoint(source, target, 0.5)
+    assert names(target) == ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"]
+
+
+def test_finished_files_are_not_taken_for_those_of_another_count_of_parameters(tmp_path, monkeypatch):
+    model = mlp(sizes=SIZES)
+    model.register_buffer("table", torch.ones(1500))  # by its name alone a parameter
+    source, target = save(model.state_dict(), tmp_path, "sharded"), out(tmp_path, "sharded")
+    stopped(source, target, Watch(monkeypatch), "commit", 0, ratio=0.3)
+    report = compress_checkpoint(source, target, 0.3, model=model)
+    fresh = compress_checkpoint(source, out(tmp_path, "sharded", "fresh"), 0.3, model=model)
+    assert report.parameters_after == fresh.parameters_after
+    assert same(load(target), load(out(tmp_path, "sharded", "fresh")))
+
+
+def test_a_folder_that_is_there_is_worked_in_for_it_may_be_on_another_disk(tmp_path, monkeypatch):
+    source = save(mlp(sizes=SIZES).state_dict(), tmp_path, "sharded")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    stopped(source, tmp_path / "link", Watch(monkeypatch), "commit", 0)
+    assert names(tmp_path / "real") == [".link.torchsmooth-partial"]
+    compress_checkpoint(source, tmp_path / "link", 0.5)
+    assert names(tmp_path / "real") == ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"]
+    assert (tmp_path / "link").is_symlink()

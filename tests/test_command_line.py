@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -205,3 +206,31 @@ def test_the_module_is_a_command(tmp_path):
     done = subprocess.run([*command, "--ratio", "0.5"], capture_output=True, text=True, check=False)  # noqa: S603
     assert (done.returncode, done.stderr) == (0, "")
     assert "3 of 3 layers low-rank" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_one_line_too(tmp_path, capsys):
+    source = save(mlp().state_dict(), tmp_path, "pickle")
+    assert main(["compress", str(source), str(tmp_path / "small.pt"), "--ratio", "0.5", "--device", "cuda"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: device 'cuda' cannot be used here: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_stream_that_does_not_know_all_signs_gets_others(tmp_path, encoding):
+    source = save(mlp().state_dict(), tmp_path, "pickle")
+    command = [
+        sys.executable,
+        "-m",
+        "torchsmooth",
+        "compress",
+        str(source),
+        str(tmp_path / "small.pt"),
+        "--ratio",
+        "0.5",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"3 of 3 layers low-rank" in done.stdout

@@ -48,6 +48,7 @@ class CheckpointLayer:
         reason: why it stays dense; empty otherwise.
         dense: a layer like it, on any device, whatever its values; None if it stays dense.
         bias_key: of its bias, where there is one.
+        aliases: other names of the same layer in the checkpoint.
     """
 
     name: str
@@ -58,6 +59,7 @@ class CheckpointLayer:
     reason: str = ""
     dense: nn.Module | None = None
     bias_key: str | None = None
+    aliases: tuple[str, ...] = ()
 
     def holding(self, weight: Tensor) -> Any:
         """Return a layer like it with a weight, and without a bias, which factors do not depend on."""
@@ -207,19 +209,25 @@ def layers_of_model(checkpoint: Checkpoint, model: nn.Module) -> FoundLayers:
     found = find_layers(model)
     prefix = _prefix(entries, model)
     _check_fit(entries, model, prefix, checkpoint)
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(f"{prefix}{name}")
     layers = []
     for one in found:
-        key = f"{prefix}{one.name}.weight"
+        # Of the names of a layer that is in the model more than once, a file may hold but one.
+        held = [name for name in aliases[id(one.module)] if f"{name}.weight" in entries]
+        name, *others = held or [f"{prefix}{one.name}"]
+        key = f"{name}.weight"
         weights = weights_of(one.module)
         shape = tuple(weights[0].shape) if weights else ()
         reason = _reason_of_module(one.module) or one.reason
         if not reason:
             reason = _reason_of_entry(entries[key])
-        layer = CheckpointLayer(f"{prefix}{one.name}", key, one.type, shape, one.parameters, reason)
+        layer = CheckpointLayer(name, key, one.type, shape, one.parameters, reason)
         if not reason:
             has_bias = one.module._parameters.get("bias") is not None
-            bias_key = f"{prefix}{one.name}.bias" if has_bias else None
-            layer = replace(layer, dense=one.module, bias_key=bias_key)
+            bias_key = f"{name}.bias" if has_bias else None
+            layer = replace(layer, dense=one.module, bias_key=bias_key, aliases=tuple(others))
         layers.append(layer)
     return FoundLayers(layers, count_parameters(model))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -38,13 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with status 2, if the arguments cannot be read; with 0 after ``--help``.
     """
     asked = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tables have signs that not every encoding knows
+            stream.reconfigure(errors="replace")
     try:
         result = asked.command(asked)
         print(json.dumps(result.to_dict()) if asked.json else result, flush=True)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:

@@ -73,8 +73,10 @@ class Destination:
 
     @property
     def work_folder(self) -> Path:
-        """Where unfinished work lies."""
-        return self.path.with_name(f".{self.path.name}.torchsmooth-partial")
+        """Where unfinished work lies: where its last step is a new name for a file, and no copy."""
+        name = f".{self.path.name}.torchsmooth-partial"
+        # A folder that is there may be on another disk than its parent.
+        return self.path / name if self.index is not None and self.path.is_dir() else self.path.with_name(name)
 
     def commit(self, work: WorkFolder, checkpoint: Checkpoint, changes: Changes, parameters: int) -> None:
         """Put finished files where they belong; until the last step of it, what was there is there, and whole.

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -83,6 +84,7 @@ class PickleFile:
                 new.update(changes.factors[key]())
             else:
                 new[changes.renamed.get(key, key)] = value
+        _slim_(new)
         if hasattr(state, "_metadata"):  # the versions of modules, which torch keeps there
             new._metadata = state._metadata  # type: ignore[attr-defined]
         content: Any = new
@@ -136,6 +138,25 @@ class PickleFile:
         if wrong:
             raise ValueError(f"{self._name} holds a state dict with a key that is no text: {wrong[0]!r}.")
         return nested[0] if nested else None
+
+
+def _slim_(state: dict[str, Any]) -> None:
+    """Copy tensors that lie in larger storages, most of which nobody needs any more: they would be saved with them."""
+    views: dict[int, list[str]] = {}
+    for key, value in state.items():
+        if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta:
+            views.setdefault(value.untyped_storage().data_ptr(), []).append(key)
+    for keys in views.values():
+        spans = sorted({span_of(state[key])[1:] for key in keys})
+        whole = state[keys[0]].untyped_storage().nbytes()
+        apart = all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+        if apart and sum(end - begin for begin, end in spans) < whole:
+            copies: dict[Any, Tensor] = {}  # what was the same tensor stays the same
+            for key in keys:
+                value = state[key]
+                place = value.data_ptr(), value.shape, value.stride()
+                copies.setdefault(place, value.detach().clone())
+                state[key] = copies[place]
 
 
 def _is_program(path: Path) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -93,13 +94,28 @@ class Checkpoint:
         return {key: value for file in self.files.values() for key, value in file.state().items()}
 
     def state_for(self, model: nn.Module) -> dict[str, Any]:
-        """Return the same with tensors that a model has under several names under all of them."""
-        state = dict(self.state())
+        """Return the same with what a model has under several names, tensors and layers, under all of them."""
+        state: dict[str, Any] = OrderedDict(self.state())
+        names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(f"{name}.")
+        for aliases in names.values():
+            if len(aliases) > 1:
+                held = {
+                    key[len(one) :]: value for one in aliases for key, value in state.items() if key.startswith(one)
+                }
+                state |= {
+                    one + rest: value for one in aliases for rest, value in held.items() if one + rest not in state
+                }
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         known = {id(tensor): state[name] for name, tensor in named if name in state}
         missing = {name: id(tensor) for name, tensor in named if name not in state and id(tensor) in known}
         there = model.state_dict().keys()  # buffers that are not saved have names, too
-        return state | {name: known[tensor] for name, tensor in missing.items() if name in there}
+        state |= {name: known[tensor] for name, tensor in missing.items() if name in there}
+        metadata = getattr(self.state(), "_metadata", None)
+        if metadata is not None:  # the versions of modules, by which some of them read what was saved
+            state._metadata = metadata  # type: ignore[attr-defined]
+        return state
 
     def identity(self) -> list[Any]:
         """Return what tells this checkpoint from another one or an earlier state of it, ready for JSON."""

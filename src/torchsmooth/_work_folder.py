@@ -84,6 +84,9 @@ class WorkFolder:
 
     def write_files(self, checkpoint: Checkpoint, changes: Changes, show: Callable[[list[str]], Any]) -> None:
         """Write every file of a checkpoint with some changes, but for those that are there already."""
+        for draft in self.files.iterdir():  # of a run that was killed while it wrote
+            if draft.name not in checkpoint.files:
+                draft.unlink()
         for name in show([name for name in checkpoint.files if not (self.files / name).exists()]):
             with whole_file(self.files / name) as file:
                 checkpoint.files[name].write(file, changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,17 +133,13 @@ def compress_checkpoint(
     checkpoint, found = opened(source, filter_fn, model)
     place = Destination.of(destination, checkpoint)
     workshop = Workshop(checkpoint, found.layers, terms, where)
-    asked = [ratio, max_error, form, allocation, rank_multiple, [workshop.name_of(one) for one in found.layers]]
+    layers = [(workshop.name_of(one), one.name, one.parameters, one.aliases) for one in found.layers]
+    asked = [ratio, max_error, form, allocation, rank_multiple, found.parameters, layers]
     work = WorkFolder(place.work_folder, checkpoint.identity(), asked)
 
     try:
         plan, made = _made(work, workshop, found, terms, (ratio, max_error))
-        chosen = [one for one in found.layers if one.name in made]
-        changes = Changes(
-            {one.key: partial(_tensors, work, one, made[one.name]["result"]) for one in chosen},
-            {one.bias_key: f"{one.name}.{made[one.name]['bias']}" for one in chosen if one.bias_key is not None},
-            plan.asked,
-        )
+        changes = _changes(work, [one for one in found.layers if one.name in made], made, plan.asked)
         work.write_files(checkpoint, changes, partial(shown, description="Writing files", enabled=terms.show))
         place.commit(work, checkpoint, changes, plan.parameters_after)
     except BaseException:  # also an interruption from the keyboard
@@ -178,9 +174,14 @@ def planner_for(
 def checked_device(device: Any) -> torch.device:
     """Refuse what is no device."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be a torch.device or the name of one, got {describe(device)}.") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(found)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def _made(
@@ -202,11 +203,33 @@ def _made(
     return plan, made
 
 
-def _tensors(work: WorkFolder, layer: CheckpointLayer, name: str) -> dict[str, Tensor]:
+def _changes(
+    work: WorkFolder, layers: Sequence[CheckpointLayer], made: Mapping[str, Mapping[str, Any]], note: str
+) -> Changes:
+    """Say what becomes of the weights and biases of layers, under each of their names."""
+    factors: dict[str, Callable[[], dict[str, Tensor]]] = {}
+    renamed: dict[str, str] = {}
+    for layer in layers:
+        read: Callable[[], Mapping[str, Tensor]] = partial(_factors, work, made[layer.name]["result"])
+        if layer.aliases:  # what is shared stays shared in a pickle
+            read = cache(read)
+        for name in (layer.name, *layer.aliases):
+            factors[f"{name}.weight"] = partial(_tensors, read, name)
+            if layer.bias_key is not None:
+                renamed[f"{name}.bias"] = f"{name}.{made[layer.name]['bias']}"
+    return Changes(factors, renamed, note)
+
+
+def _factors(work: WorkFolder, name: str) -> Mapping[str, Tensor]:
     found = work.known("factors", name)
     if found is None:
         raise OSError(f"{str(work.path)!r} was changed by somebody else while it was in use: start again.")
-    return {f"{layer.name}.{key}": tensor for key, tensor in found["tensors"].items()}
+    tensors: Mapping[str, Tensor] = found["tensors"]
+    return tensors
+
+
+def _tensors(read: Callable[[], Mapping[str, Tensor]], layer: str) -> dict[str, Tensor]:
+    return {f"{layer}.{key}": tensor for key, tensor in read().items()}
 
 
 def _report(plan: CompressionPlan, made: Mapping[str, Mapping[str, Any]]) -> CompressionReport:
