@@ -459,7 +459,7 @@ def test_a_step_that_failed_does_not_keep_the_next_from_counting():
     assert not torch.equal(model.weight, before)
 
 
-class Fussy(ValueError):
+class FussyError(ValueError):
     """Wants two arguments, as errors of other libraries do."""
 
     def __init__(self, what, why):
@@ -469,14 +469,14 @@ class Fussy(ValueError):
 class Failing(FirstDerivative):
     """Cannot be evaluated."""
 
-    def value_and_gradient(self, *_, **__):
-        raise Fussy("this", "that")
+    def gradients(self, weights):
+        raise FussyError("this", "that")
 
 
 def test_an_error_of_ones_own_penalty_keeps_its_words():
     model = nn.Linear(4, 4)
     register_penalty(model, "weight", Failing(0.1))
-    optimizer = sgd(model)
+    optimizer = sgd(model.parameters())
     attach_(optimizer, model)
     with pytest.raises(ValueError, match="weight.*this: that"):
         optimizer.step()

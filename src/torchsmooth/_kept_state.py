@@ -18,6 +18,10 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OTHERS = ("torch", __name__.partition(".")[0])
 
 
+# Entries of a container: what has more is a table, such as a vocabulary, and would take its time at each run.
+_LARGEST = 10_000
+
+
 class KeptState:
     """The buffers of a model, and the plain attributes of modules that are not torch's, as they are now.
 
@@ -41,7 +45,7 @@ class KeptState:
             (value, value.copy())
             for _, plain in self._attributes
             for value in plain.values()
-            if isinstance(value, (list, dict, set, deque))
+            if isinstance(value, (list, dict, set, deque)) and len(value) <= _LARGEST
         ]
 
     @torch.no_grad()
