@@ -429,7 +429,24 @@ def test_values_that_are_no_numbers_are_refused_by_name(scheme):
 
 
 def test_layers_that_it_does_not_reach_are_named_as_the_cause():
-    model = nn.Sequential(nn.LSTM(32, 32), nn.Linear(4, 4))
+    model = fill_(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), 0)
+    svd_compress_(model, 0.3)
     smooth_(model, RankTail(0.6))
-    with pytest.raises(ValueError, match="RankTail plans for the layers that it is registered on"):
+    with pytest.raises(ValueError, match="RankTail plans without low-rank and parametrized layers"):
         attach_(torch.optim.SGD(model.parameters(), 0.1), model)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.TransformerEncoderLayer(32, 4, 64), lambda: nn.ModuleList([nn.LSTM(32, 32), nn.Linear(32, 64)])]
+)
+def test_layers_that_cannot_have_it_are_planned_as_they_will_be_compressed(make):
+    model = fill_(make(), 0)
+    penalty = RankTail(0.7, strength=1.0)
+    _, handle = attached(model, penalty)
+    plan = handle.adaptation(penalty).plan
+    expected = plan_compression(model, 0.7)
+    assert [(one.name, one.choice) for one in plan] == [(one.name, one.choice) for one in expected]
+    pulled = {name.removesuffix(".weight") for name in handle.state_dict()["adaptive"][repr(penalty)]["layers"]}
+    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert pulled == plain & {one.name for one in expected if one.choice is not None}
+    assert pulled

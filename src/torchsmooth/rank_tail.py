@@ -11,6 +11,7 @@ from torch import nn
 from ._checks import check_choice, check_count, check_open_unit, check_values, quoted
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._leading import leading_basis
+from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Matricisation
 from ._registered import name_of, penalties_of, unwrapped
 from ._tucker import tucker_core, tucker_factors, tucker_product
@@ -45,7 +46,9 @@ class RankTail(AdaptivePenalty):
     .. math:: \tfrac12 \lVert W - P(W) \rVert_F^2, \qquad \nabla = W - P(W)
 
     P projects as the truncation does, to the planned scheme and rank, with bases held for ``refresh_every`` steps.
-    Layers that the plan leaves dense, and those that cannot be compressed, are not penalised.
+    Layers that the plan leaves dense, and those that cannot be compressed, are not penalised, nor are the joined
+    projections of attention and recurrent layers; the plan counts with them. Layers that could carry the penalty and do
+    not are planned to stay dense.
 
     Args:
         ratio: fraction of all parameters of the model that will be removed, strictly between 0 and 1.
@@ -188,13 +191,16 @@ class TailPlan(Adaptation):
 
     def _replan(self, step: int) -> None:
         description, tensors = self._description, self._tensors()
+        # A layer without the penalty that could have it was left out on purpose; what cannot have it (attention,
+        # recurrent layers) will be compressed, too, and its parameters count.
+        left_out = {one for one in self._model.modules() if type(one) in KINDS or isinstance(one, LowRankLayer)}
         try:
             self.plan = plan_compression(
                 self._model,
                 description.ratio,
                 scheme=description.scheme,
                 form=description.form,
-                filter_fn=lambda module, _: module in tensors,
+                filter_fn=lambda module, _: module in tensors or module not in left_out,
                 progress=False,
             )
         except ValueError as error:
@@ -209,8 +215,9 @@ class TailPlan(Adaptation):
         modules = dict(self._model.named_modules())
         self._projections = {}
         for layer in self.plan:
-            if layer.choice is not None:
-                module, (scheme, _, rank) = modules[layer.name], layer.choice
+            module = modules.get(layer.name)
+            if layer.choice is not None and module in tensors:
+                scheme, _, rank = layer.choice
                 self._projections[tensors[module]] = _Projection(scheme, _layout(module, scheme), rank, ())
         self._planned_at = step
         self._refresh(step)
@@ -238,8 +245,8 @@ class TailPlan(Adaptation):
 
 
 _REACH = (
-    "(RankTail plans for the layers that it is registered on, of those with a weight of their own: Linear, "
-    "convolutions and Embedding, not attention, recurrent, parametrized or low-rank layers.)"
+    "(RankTail plans without low-rank and parametrized layers, and without Linear layers, convolutions and embeddings "
+    "that it is not registered on.)"
 )
 
 
