@@ -399,7 +399,7 @@ def test_autocast_around_the_step_does_not_round_the_tail(scheme):
     found = []
     for enabled in (False, True):
         model = mixed()
-        optimizer, _ = attached(model, RankTail(0.4, 0.1, scheme=scheme))
+        optimizer, _ = attached(model, RankTail(0.4, 0.1, scheme=scheme, refresh_every=1, replan_every=2))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             steps(optimizer, 3)
         found.append([one.detach() for one in model.parameters()])
