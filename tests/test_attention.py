@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.strategies import fill_, randn, seeds
-from torchsmooth import LowRankLinear, LowRankMultiheadAttention
+from torchsmooth import LowRankLinear, LowRankMultiheadAttention, svd_compress_
 
 E = 8
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -480,3 +480,19 @@ def test_bad_inputs_are_named(shapes, asked, message):
         layer(*inputs, **asked)
     with pytest.raises((AssertionError, RuntimeError)):  # torch refuses the same, in other words
         layer.to_attention()(*inputs, **asked)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys"), [((0, 5, E), None), ((2, 0, E), None), ((2, 3, E), (2, 0, E)), ((0, 3, E), (0, 4, E))]
+)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_empty_inputs_come_out_as_of_the_dense_layer(queries, keys, need_weights):
+    dense = fill_(nn.MultiheadAttention(E, 2, batch_first=True), 0)
+    model = nn.Sequential(copy.deepcopy(dense))
+    svd_compress_(model, 0.2)
+    x = randn(*queries, seed=1, dtype=torch.float32)
+    y = x if keys is None else randn(*keys, seed=2, dtype=torch.float32)
+    found, expected = (one(x, y, y, need_weights=need_weights) for one in (model[0], dense))
+    assert found[0].shape == expected[0].shape
+    assert (found[1] is None) == (expected[1] is None)
+    assert bool(found[0].isfinite().all()) == bool(expected[0].isfinite().all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -393,3 +394,13 @@ def test_a_sharded_weight_is_refused_with_the_way_out(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(("sizes", "ratio"), [((10, 10, 10), 0.2), ((10, 10, 10), 0.1), ((25, 25, 25), 0.1)])
+def test_a_budget_that_is_met_exactly_is_no_less_in_the_report(sizes, ratio):
+    model = nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in pairwise(sizes)))
+    plan = plan_compression(model, ratio)
+    report = svd_compress_(model, ratio)
+    assert report.ratio >= ratio
+    assert plan.ratio >= ratio
+    assert report.to_dict()["ratio"] >= ratio

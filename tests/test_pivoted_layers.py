@@ -500,3 +500,41 @@ def test_an_order_that_is_none_is_not_loaded():
 def test_bad_input_is_named_with_the_way_out(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.skipif(not hasattr(torch.nested, "nested_tensor_from_jagged"), reason="this torch has no jagged tensors")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_jagged_tensors_stay_jagged_with_the_same_lengths():
+    layer = LowRankLinear.from_linear(fill_(nn.Linear(8, 8), 0), 3, "pivoted")
+    parts = [randn(length, 8, seed=length, dtype=torch.float32) for length in (3, 1, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    found = layer(nested)
+    assert found.layout is torch.jagged
+    added = nested + found  # which takes the same lengths, not only equal ones
+    for one, part in zip(added.unbind(), parts, strict=True):
+        assert torch.allclose(one, part + layer(part), atol=1e-5)
+    found.values().sum().backward()
+    assert layer.down.weight.grad is not None
+
+
+@pytest.mark.parametrize(("scheme", "module"), [("channel", ChannelMerge), ("input", ChannelSplit), ("spatial", None)])
+def test_resetting_the_parameters_makes_an_order_out_of_anything(scheme, module):
+    layer = LowRankConv2d.from_conv2d(fill_(nn.Conv2d(6, 8, 3), 0), 3, scheme, "pivoted")
+    (order,) = (one for one in layer.modules() if hasattr(one, "order"))
+    assert module is None or isinstance(order, module)
+    order.order.fill_(-7)
+    for one in layer.modules():
+        if hasattr(one, "reset_parameters"):
+            one.reset_parameters()
+    assert not order.why_not(order.order)
+    assert layer(torch.zeros(2, 6, 5, 5)).shape == (2, 8, 3, 3)
+
+
+@pytest.mark.parametrize("make", [lambda: LowRankLinear(8, 12, 3, form="pivoted"), pivoted_conv])
+def test_the_bias_alone_may_have_an_axis_of_its_own(make):
+    layer = fill_(make(), 0)
+    x = torch.zeros(2, 8, *[5] * (2 if isinstance(layer, LowRankConv2d) else 0))
+    biases = randn(3, 12, seed=1, dtype=torch.float32)
+    call = lambda bias: torch.func.functional_call(layer, {"merge.bias": bias}, (x,))  # noqa: E731
+    found = torch.func.vmap(call)(biases)
+    assert all(torch.allclose(one, call(bias), atol=1e-6) for one, bias in zip(found, biases, strict=True))

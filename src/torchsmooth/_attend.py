@@ -150,7 +150,8 @@ def attend(
 
 def _split(tensor: Tensor, num_heads: int) -> Tensor:
     """Bring ``(a, b, E)`` to ``(a, heads, b, head_dim)``."""
-    return tensor.reshape(*tensor.shape[:-1], num_heads, -1).transpose(1, 2)
+    *axes, features = tensor.shape
+    return tensor.reshape(*axes, num_heads, features // num_heads).transpose(1, 2)
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:

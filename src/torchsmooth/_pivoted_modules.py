@@ -54,6 +54,10 @@ class Ordered(nn.Module):
         """Return the place of each row in the list, whichever of the two ``order`` is."""
         return self.order if self.places else self.order.argsort()
 
+    def reset_parameters(self) -> None:
+        """Make the order one again, as layers of torch do with buffers; after ``to_empty`` it holds anything."""
+        self.reset_order_()
+
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"{self.rows}, rank={self.rank}, groups={self.groups}"
@@ -100,15 +104,29 @@ def take_channels(tensor: Tensor, order: Tensor, dim: int, start: int, stop: int
 @torch.fx.wrap  # a symbolic trace does not know whether a tensor is nested
 def end_to_end(tensor: Tensor) -> Tensor:
     """Put the samples of a nested tensor one after another; leave any other tensor as it is."""
-    return torch.cat(tensor.unbind()) if tensor.is_nested else tensor
+    if not tensor.is_nested:
+        return tensor
+    return tensor.values() if tensor.layout is torch.jagged else torch.cat(tensor.unbind())
 
 
 @torch.fx.wrap
-def nested_like(tensor: Tensor, like: Tensor) -> Tensor:
+def nested_like(tensor: Tensor, like: Any) -> Tensor:
     """Undo :func:`end_to_end`: cut a tensor into samples as long as those of ``like``, if that is nested."""
     if not like.is_nested:
         return tensor
+    if like.layout is torch.jagged:  # by the same offsets, or the two could not be added
+        jagged: Tensor = torch.nested.nested_tensor_from_jagged(
+            tensor, like.offsets(), like.lengths(), like._ragged_idx
+        )
+        return jagged
     return torch.nested.as_nested_tensor(list(torch.split(tensor, [len(one) for one in like.unbind()])))
+
+
+def _add_(values: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias to what nobody else has seen yet; under a transform of torch.func it may have an axis of its own."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return values + bias
+    return values.add_(bias)
 
 
 class ChannelMerge(Ordered):
@@ -145,6 +163,7 @@ class ChannelMerge(Ordered):
 
     def reset_parameters(self) -> None:
         """Draw the bias as ``nn.Linear`` and ``nn.Conv2d`` do for as many inputs as there are pivots."""
+        super().reset_parameters()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
 
@@ -154,7 +173,7 @@ class ChannelMerge(Ordered):
         merged = take_channels(both, self.order, self.dim, 0, self.groups * self.rows)
         if self.bias is not None:
             bias = self.bias.to(merged.dtype)  # under autocast the sum would come out in the dtype of the bias
-            merged = merged.add_(bias.reshape(-1, *[1] * (-1 - self.dim)))  # nobody else has seen it yet
+            merged = _add_(merged, bias.reshape(-1, *[1] * (-1 - self.dim)))
         return nested_like(merged, pivots)
 
 
@@ -223,6 +242,7 @@ class PivotedConv2d(Ordered):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as ``nn.Conv2d`` does."""
+        super().reset_parameters()
         bound = 1 / math.sqrt(self.rank * math.prod(self.kernel_size))
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)

@@ -99,7 +99,7 @@ class CompressionPlan:
     @property
     def ratio(self) -> float:
         """Fraction of the parameters that is removed."""
-        return 1 - self.parameters_after / self.parameters_before
+        return (self.parameters_before - self.parameters_after) / self.parameters_before
 
     def _saved(self) -> int | None:
         costs = [(one.prices.dense, one.cost_after) for one in self.layers if one.options]

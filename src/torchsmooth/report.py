@@ -105,7 +105,7 @@ class Totals(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it by name, with the ratio of the parameters."""
-        return {**self._asdict(), "ratio": 1 - self.parameters_after / self.parameters_before}
+        return {**self._asdict(), "ratio": (self.parameters_before - self.parameters_after) / self.parameters_before}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class CompressionReport:
     @property
     def ratio(self) -> float:
         """Fraction of the parameters that was removed."""
-        return 1 - self.parameters_after / self.parameters_before
+        return (self.parameters_before - self.parameters_after) / self.parameters_before
 
     @property
     def compressed(self) -> tuple[LayerReport, ...]:
