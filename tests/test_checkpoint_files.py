@@ -473,3 +473,25 @@ def test_views_of_one_large_tensor_do_not_keep_it_in_the_file(tmp_path):
     bias = next(value for key, value in found.items() if key.startswith("0.") and key.endswith("bias"))
     assert torch.equal(found["tied"], state["0.bias"])
     assert bias.untyped_storage().data_ptr() == found["tied"].untyped_storage().data_ptr()
+
+
+def test_factors_of_a_file_that_was_compressed_stay_as_they_are(tmp_path):
+    build = lambda: nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.Linear(48, 40))  # noqa: E731
+    model = fill_(build(), 0)
+    svd_compress_(model, 0.3, filter_fn=lambda _, name: name != "3")
+    torch.save(model.state_dict(), tmp_path / "small.pt")
+    report = compress_checkpoint(tmp_path / "small.pt", tmp_path / "smaller.pt", 0.1)
+    reasons = {one.name: one.reason for one in report.layers}
+    assert reasons["0.down"] == "a factor of '0', which is low-rank already (compress the dense checkpoint)"
+    assert [one.name for one in report.layers if one.rank is not None] == ["3"]
+    again = load_compressed_(build(), tmp_path / "smaller.pt")
+    assert torch.equal(again[0].up.weight, model[0].up.weight)
+    with pytest.raises(ValueError, match="holds layer '0' low-rank already"):
+        compress_checkpoint(tmp_path / "small.pt", tmp_path / "none.pt", 0.1, model=build())
+
+
+def test_layers_that_are_called_up_and_down_are_layers(tmp_path):
+    model = fill_(nn.ModuleDict({"up": nn.Linear(24, 96), "down": nn.Linear(96, 24)}), 0)
+    torch.save({f"mlp.{key}": value for key, value in model.state_dict().items()}, tmp_path / "dense.pt")
+    report = compress_checkpoint(tmp_path / "dense.pt", tmp_path / "small.pt", 0.5)
+    assert not any(one.reason for one in report.layers)

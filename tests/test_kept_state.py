@@ -195,8 +195,8 @@ def test_layers_that_get_other_rows_are_fitted_to_their_own_outputs():
         errors = [float((one.top(features) - wanted).norm()) for one in (model, plain)]
     assert errors[0] < errors[1]
     notes = {one.name: one.note for one in report.layers if one.rank is not None}
-    assert "other rows" in notes["head"]
-    assert "other rows" in notes["out"]
+    assert "fitted to its own outputs" in notes["head"]
+    assert "fitted to its own outputs" in notes["out"]
     assert not notes.get("g")
 
 

@@ -338,3 +338,13 @@ def test_calls_by_keyword_and_under_autocast_are_timed():
     plan = plan_compression(fill_(Mixed(), 0).eval(), 1e-9, target="latency", example_inputs=torch.zeros(8, 40))
     assert not any("never called" in layer.reason for layer in plan)
     assert all(layer.prices.dense > 0 for layer in plan)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_padded_batches_are_timed_as_the_encoder_runs_them(clock):
+    clock(stored, elsewhere=500)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1).eval()
+    mask = torch.arange(7)[None] >= torch.tensor([[7], [4], [5]])
+    inputs = {"src": torch.zeros(3, 7, 32), "src_key_padding_mask": mask}
+    plan = plan_compression(model, 0.01, target="latency", example_inputs=inputs)
+    assert all(layer.prices.dense > 0 for layer in plan if layer.name.endswith(("linear1", "linear2")))

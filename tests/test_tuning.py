@@ -676,3 +676,51 @@ def test_copies_for_other_devices_run_their_own_factors(execution):
         assert replica_of(model, "meta")(x.to("meta")).is_meta
         assert close(replica_of(model, "cpu")(x), model(x), 1e-5)
     assert model[0].execution == execution
+
+
+@pytest.mark.parametrize("execution", ["dense", "packed_dense", "factored"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_leaves_no_trace_is_seen_all_the_same(execution, fused):
+    model = fill_(nn.Sequential(nn.Linear(32, 32)), 0).eval()
+    torchsmooth.svd_compress_(model, 0.3, form="pivoted")
+    x = randn(8, 32, seed=1, dtype=torch.float32)
+    derived = derive(model[0], execution, x)
+    if derived is None:
+        pytest.skip("weights cannot be packed here")
+    use_(model[0], derived)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    model.train()
+    model(x)
+    model.eval()
+    run(model, x)
+    assert model[0].execution == execution  # nothing was stepped
+    model.train()
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    assert model[0].execution == "pivoted"
+    untuned = copy.deepcopy(model)
+    use_(untuned[0], None)
+    assert torch.equal(run(model, x), run(untuned, x))
+    assert model[0].execution == "pivoted"
+
+
+PADDED = "ignore:The PyTorch API of nested tensors is in prototype stage"
+
+
+@pytest.mark.filterwarnings(PADDED)
+@pytest.mark.parametrize("executions", [None, ["packed"], ["packed_dense"], ["dense"]])
+def test_padded_batches_of_an_encoder_are_run_and_tuned_for(executions):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = fill_(nn.TransformerEncoder(layer, 2), 0).eval()
+    torchsmooth.svd_compress_(model, 0.4)
+    inputs = {
+        "src": randn(3, 7, 32, seed=1, dtype=torch.float32),
+        "src_key_padding_mask": torch.arange(7)[None] >= torch.tensor([[7], [4], [5]]),
+    }
+    with torch.no_grad():
+        expected = model(**inputs)
+    for example in (inputs["src"], inputs):
+        torchsmooth.tune_(model, example, executions=executions)
+        with torch.no_grad():
+            assert close(model(**inputs), expected, 1e-4)

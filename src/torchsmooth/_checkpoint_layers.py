@@ -31,6 +31,9 @@ _LOOKUP = re.compile(r"(^|_)(emb|embed|embeds|embedding|embeddings)(_|$)|^(wte|w
 # What nn.MultiheadAttention has beside its out_proj.
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 
+# What a low-rank layer holds.
+_FACTORS = ("down", "core", "up")
+
 # What BatchNorm and rotary embeddings keep beside their parameters.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "inv_freq")
 
@@ -101,7 +104,8 @@ def layers_by_name(checkpoint: Checkpoint) -> FoundLayers:
         name, count = key.removesuffix(".weight"), math.prod(entry.shape)
         cls = _PLAIN.get(len(entry.shape)) if key.endswith(".weight") else None
         kind = cls.__name__ if cls else "tensor"
-        layer = CheckpointLayer(name, key, kind, entry.shape, count, names.reason(key) or names.tie(key))
+        reason = names.factor(key) or names.reason(key) or names.tie(key)
+        layer = CheckpointLayer(name, key, kind, entry.shape, count, reason)
         if not layer.reason and cls is not None:
             outputs, inputs, *kernel = entry.shape
             sizes = (inputs, outputs, tuple(kernel)) if kernel else (inputs, outputs)
@@ -121,6 +125,9 @@ class _Names:
         self._under: dict[str, list[str]] = {}
         self._storages: dict[int, list[str]] = {}
         self._lookups: list[str] = []
+        # Where a pivoted layer shows that a file was compressed, pairs of this name are the factors of others, too.
+        pivoted = any(key.endswith((".merge.order", ".split.order", ".up.order")) for key in self._entries)
+        self._factors = set(self._entries) if pivoted else set()
         self._transposed = ""  # a layer that is seen to be stored as (in, out)
         for key, entry in self._entries.items():
             for dot in (place for place, letter in enumerate(key) if letter == "."):
@@ -132,6 +139,12 @@ class _Names:
             bias = self._bias_of(key)
             if len(entry.shape) == 2 and bias is not None and entry.shape[0] != entry.shape[1] == bias.shape[0]:  # noqa: PLR2004
                 self._transposed = self._transposed or key.removesuffix(".weight")
+
+    def factor(self, key: str) -> str:
+        """Say of which low-rank layer a weight is a factor; empty if it is none, as far as can be told."""
+        whole, _, part = key.removesuffix(".weight").rpartition(".")
+        is_factor = part in _FACTORS and {f"{whole}.down.weight", f"{whole}.up.weight"} <= self._factors
+        return f"a factor of {whole!r}, which is low-rank already (compress the dense checkpoint)" if is_factor else ""
 
     def reason(self, key: str) -> str:
         """Say why a weight has to stay dense; empty for a layer by all that is known."""
@@ -263,6 +276,13 @@ def _check_fit(entries: Mapping[str, Entry], model: nn.Module, prefix: str, chec
     missing = [key for key, value in expected.items() if key not in entries and id(value) not in there]
     unexpected = [key for key in entries if key not in expected]
     name = str(checkpoint.path)
+    low_rank = [key for key in missing if f"{key.removesuffix('weight')}down.weight" in entries]
+    if low_rank:
+        raise ValueError(
+            f"{name!r} holds layer {low_rank[0].removesuffix('.weight')!r} low-rank already, so that it cannot be "
+            "compressed by this model: compress the dense checkpoint, or load it with load_compressed_ and call "
+            "svd_compress_."
+        )
     if missing or unexpected:
         what, keys = ("lacks", missing) if missing else ("has, unlike the model,", unexpected)
         raise ValueError(

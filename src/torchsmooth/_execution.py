@@ -65,7 +65,7 @@ class Derived:
     """
 
     # In one piece, as each call of the layer looks at it.
-    __slots__ = ("_modules", "_sources", "execution", "module", "run", "suits", "together", "traced")
+    __slots__ = ("_doubt", "_modules", "_sources", "execution", "module", "run", "suits", "together", "traced")
 
     run: Callable[..., Tensor]
     suits: Callable[[Tensor], bool] | None
@@ -76,6 +76,7 @@ class Derived:
         self.together: Any = None  # by :mod:`_together`
         self.rewire_()
         self._modules = layer._modules
+        self._doubt: list[float] | None = None
         # None once the factors are not those any more that this was made of.
         self._sources: tuple[_Source, ...] | None = tuple(
             _Source(child, owner, owner._forward_hooks, owner._forward_pre_hooks, place, key, tensor, 0, 0).renewed()
@@ -99,10 +100,26 @@ class Derived:
                 return False
             if version is not None and tensor._version != version:
                 return False
-        return True
+        return self._doubt is None or self._doubt == self._sums()
 
     # Not traced by torch.compile, but asked once: a compiled graph holds the tensors that it was made with.
     is_fresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def doubt_(self) -> None:
+        """Look at the values of the factors next time: a fused optimizer writes to them without a new version."""
+        if self._doubt is None and _may_read_values() and self.is_fresh():
+            self._doubt = self._sums()
+
+    def settle_(self) -> None:
+        """Trust the factors again, or never more, if they are others."""
+        if self._doubt is not None:
+            self._sources = self._sources if self.is_fresh() else None
+            self._doubt = None
+
+    @torch.no_grad()
+    def _sums(self) -> list[float]:
+        tensors = [one.tensor.detach().double() for one in self._sources or ()]
+        return torch.stack([one for each in tensors for one in (each.sum(), each.square().sum())]).tolist()
 
     def can_be_traced(self) -> bool:
         """Say whether there is something that ``torch.compile`` can trace, made when it is asked for."""
@@ -124,10 +141,11 @@ class Derived:
         self.together = None  # what is moved or copied does not lie side by side any more
         known = self._sources if fresh else None
         self._sources = known and tuple(one.renewed() for one in known)
+        self._doubt = None
         self.rewire_()
 
     def __getstate__(self) -> dict[str, Any]:
-        made = {"run", "suits", "traced"}
+        made = {"run", "suits", "traced", "_doubt"}
         state = {name: getattr(self, name) for name in self.__slots__ if name not in made}
         return state | {"_sources": self._sources if self.is_fresh() else None, "together": None}
 
@@ -156,16 +174,31 @@ def active(layer: nn.Module, input: Tensor) -> Callable[..., Tensor] | None:  # 
     """Return what to run on an input instead of the factors, if there is one and it would give what they give."""
     # As little as will do: in a model, all that is looked at here comes from memory again at each call.
     derived: Derived | None = layer.__dict__.get(_PLACE)
-    if derived is None or layer.training or _is_exporting():
+    if derived is None or _is_exporting():
         return None
-    if torch.is_grad_enabled() and derived.need_gradients():
-        return None
+    if layer.training or torch.is_grad_enabled():
+        may_be_trained = torch.is_grad_enabled() and derived.need_gradients()
+        if may_be_trained and not torch.compiler.is_compiling():
+            derived.doubt_()
+        if may_be_trained or layer.training:
+            return None
+    if derived._doubt is not None and not torch.compiler.is_compiling():
+        derived.settle_()
     if derived.suits is not None:
         if torch.compiler.is_compiling():
             return derived.traced if derived.can_be_traced() else None
         if not derived.suits(input):
             return None
     return derived.run if derived.is_fresh() else None
+
+
+def _may_read_values() -> bool:
+    """Say whether the values of tensors are there to be read, and nobody takes note of the operators that do it."""
+    return (
+        torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _direct(module: nn.Module) -> Callable[..., Tensor]:

@@ -179,11 +179,21 @@ def observe_calls(model: nn.Module, inputs: Inputs, names: Mapping[Any, str]) ->
     return found
 
 
+def layout_of(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return how the tensors among some arguments lie in memory; of nested ones, all of their sizes."""
+    return tuple(
+        (str(one._nested_tensor_size()) if one.layout is torch.strided else tuple(one.values().shape), one.dtype)
+        if one.is_nested
+        else (tuple(one.shape), one.stride(), one.dtype)
+        for one in args
+        if isinstance(one, Tensor)
+    )
+
+
 def _alike(module: nn.Module, args: tuple[Any, ...]) -> object:
     """Return a key that layers share which take equally long."""
     weight = weight_of(module)
-    given = tuple((tuple(one.shape), one.stride(), one.dtype) for one in args if isinstance(one, Tensor))
-    return type(module), module.extra_repr(), weight.dtype, weight.stride(), weight.device, given
+    return type(module), module.extra_repr(), layout_of(args), weight.dtype, weight.stride(), weight.device
 
 
 def _measure(layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multiple: int) -> tuple[int, _Times]:

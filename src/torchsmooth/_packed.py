@@ -115,6 +115,7 @@ class PackedExecution(nn.Module):
         return (
             type(input) is Tensor
             and input.is_cpu
+            and not input.is_nested
             and input.dtype is self._dtype
             and (self._dim is None or input.dim() == self._dim)
             and not torch.is_grad_enabled()
@@ -148,8 +149,8 @@ class PackedExecution(nn.Module):
 
 def why_not_packed(layers: Sequence[nn.Module], example: object) -> str:
     """Say why layers cannot be run with packed weights; empty if that can be tried."""
-    if not isinstance(example, Tensor) or not example.is_cpu or example.dtype not in _TOLERANCES:
-        return "weights are packed on the CPU, in float32, bfloat16 or float16"
+    if not isinstance(example, Tensor) or not example.is_cpu or example.dtype not in _TOLERANCES or example.is_nested:
+        return "weights are packed on the CPU, for ordinary tensors in float32, bfloat16 or float16"
     onednn: Any = torch.backends.mkldnn
     if not onednn.is_available() or not onednn.enabled:
         return "this torch runs without oneDNN"

@@ -52,7 +52,11 @@ _DOUBT = 0.3
 _LIKENESS = 0.3
 
 NO_ROWS = "not calibrated: no data reaches it in the compressed network"
-UNLIKE = "fitted to its own outputs: other rows reach it than in the dense network"
+FUSED = "not calibrated: part of a fused recurrent layer"
+UNLIKE = (
+    "fitted to its own outputs: what reaches it has little in common with what does in the dense network (other rows, "
+    "or too much was lost before it)"
+)
 
 
 @dataclass
@@ -135,7 +139,10 @@ def refit(
         work.done.add(module)
         refitted.notes[names[module]] = note
 
-    reasons = {one: why_uncalibrated(one) if traffic[names[one]].reached else NOT_REACHED for one in replacements}
+    reasons = {
+        one: why_uncalibrated(one) if traffic[names[one]].reached else FUSED if work.is_fused(one) else NOT_REACHED
+        for one in replacements
+    }
     for module, why in reasons.items():
         if why:
             leave(module, why)
@@ -228,6 +235,10 @@ class _Work:
             for name, child in parent._modules.items()
             if child is not None and child in replacements
         ]
+
+    def is_fused(self, module: nn.Module) -> bool:
+        """Say whether a layer is part of one that torch computes as a whole, without calling it."""
+        return any(child is module and isinstance(parent, nn.RNNBase) for parent, _, child in self._places)
 
     def moments_at(self, module: nn.Module, traffic: Traffic) -> Moments:
         """Pair what reaches a layer in the compressed network with what leaves it in the dense one."""

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from torch import Tensor, nn
-
 from ._checks import check_choice, check_module, describe, quoted
 from ._derive import derive, is_tunable
 from ._execution import EXECUTIONS, Execution, derived_of, use_
 from ._fused_layers import why_not_fused
-from ._latency import device_of, observe_calls
+from ._latency import device_of, layout_of, observe_calls
 from ._lowrank_layer import LowRankLayer
 from ._memory_format import Placed, are_channels_last, as_they_are, channels_last, differ, put_
 from ._progress import progress as show_progress
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import torch
+    from torch import nn
 
     from ._execution import Derived
     from ._running import Inputs
@@ -379,7 +378,7 @@ class _Tuner:
 
 def _alike(layer: LowRankLayer, args: tuple[Any, ...]) -> object:
     """Return a key that layers share which take equally long."""
-    given = tuple((tuple(one.shape), one.stride(), one.dtype) for one in args if isinstance(one, Tensor))
+    given = layout_of(args)
     # With their names and types: pruned and quantised ones look like others, and cannot be run like them.
     factors = [(name, type(one), one.dtype, one.stride(), one.device) for name, one in layer.named_parameters()]
     return type(layer), repr(layer), str(factors), given
