@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 _ROUNDS = 9
 _WARM_UP = 2
-# A call that takes as long as this (in seconds) is itself a mean over what comes and goes on the machine.
+# A call that takes as long as this (in seconds) is itself a mean over what comes and goes on the machine. A shorter one is
+# slowed down by what was in the caches before it; oneDNN's cache of 1,024 primitives, too, is filled by a few ways to run
+# a ResNet-50, and each call would make its own anew.
 _LONG = 0.25
 _ROUNDS_IF_LONG = 5
 _LEAST = 1e-3  # seconds that one reading should last, or the clock itself would be what is measured
 _MOST_REPEATS = 50
-_SHORT = 0.02  # seconds; a call that takes no longer is slowed down by what lay in the caches before it
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -96,7 +97,7 @@ def median_nanoseconds(
     Args:
         calls: what to time.
         device: where they compute.
-        before: what to do before each of them, outside of the measured time. Short calls are then made once before
+        before: what to do before each of them, outside of the measured time. Calls that are not long are then made once before
             they are measured.
         cuda_graphs: whether to record each call as a CUDA graph, once, and time its replays: without what it takes
             the processor to launch it.
@@ -115,7 +116,7 @@ def median_nanoseconds(
         for _ in range(_WARM_UP - 1 if first < _LONG else 0):
             first = min(first, seconds(call, device, 1))
         repeats.append(max(1, min(_MOST_REPEATS, math.ceil(_LEAST / max(first, 1e-9)))))
-        warm.append(call if before and first < _SHORT else lambda: None)
+        warm.append(call if before and first < _LONG else lambda: None)
         longest = max(longest, first)
     readings: list[list[float]] = [[] for _ in calls]
     rounds = _ROUNDS if longest < _LONG else _ROUNDS_IF_LONG
