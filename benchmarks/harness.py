@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 _MOST_REPEATS = 200
 
-# Who runs one model has the primitives of all its layers in oneDNN's cache. A table of many models, run in turn, has more of
-# them than the 1,024 that fit by default, and would measure how long it takes to make them. Read at the first operation.
+# Who runs one model has the primitives of all its layers in oneDNN's cache. A table of many models, run in turn, has
+# more of them than the 1,024 that fit by default, and would measure how long it takes to make them. Read at the first
+# operation.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
 
 

@@ -289,9 +289,9 @@ def test_what_is_packed_stays_where_it_was_packed():
 @pytest.mark.parametrize(
     ("layer", "inputs", "reason"),
     [
-        (nn.Linear(4, 4), "text", "on the CPU, for ordinary tensors in float32"),
-        (nn.Linear(4, 4).double(), torch.zeros(1, 4, dtype=torch.float64), "on the CPU, for ordinary tensors in float32"),
-        (nn.Linear(4, 4), torch.zeros(1, 4, device="meta"), "on the CPU, for ordinary tensors in float32"),
+        (nn.Linear(4, 4), "text", "for ordinary tensors in float32"),
+        (nn.Linear(4, 4).double(), torch.zeros(1, 4, dtype=torch.float64), "for ordinary tensors in float32"),
+        (nn.Linear(4, 4), torch.zeros(1, 4, device="meta"), "for ordinary tensors in float32"),
         (nn.Conv1d(4, 4, 1), torch.zeros(1, 4, 1), "a Conv1d is no plain Conv2d or Linear"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), torch.zeros(1, 4, 4, 4), "pad with zeros"),
         (nn.Conv2d(4, 4, 2, padding="same"), torch.zeros(1, 4, 4, 4), "as many on either side"),

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 _ROUNDS = 9
 _WARM_UP = 2
-# A call that takes as long as this (in seconds) is itself a mean over what comes and goes on the machine. A shorter one is
-# slowed down by what was in the caches before it; oneDNN's cache of 1,024 primitives, too, is filled by a few ways to run
-# a ResNet-50, and each call would make its own anew.
+# A call that takes as long as this (in seconds) is itself a mean over what comes and goes on the machine. A shorter
+# one is slowed down by what was in the caches before: oneDNN's cache of 1,024 primitives, too, is filled by a few ways
+# to run a ResNet-50, and each call would make its own anew.
 _LONG = 0.25
 _ROUNDS_IF_LONG = 5
 _LEAST = 1e-3  # seconds that one reading should last, or the clock itself would be what is measured
@@ -97,8 +97,8 @@ def median_nanoseconds(
     Args:
         calls: what to time.
         device: where they compute.
-        before: what to do before each of them, outside of the measured time. Calls that are not long are then made once before
-            they are measured.
+        before: what to do before each of them, outside of the measured time. Calls that are not long are then made
+            once before they are measured.
         cuda_graphs: whether to record each call as a CUDA graph, once, and time its replays: without what it takes
             the processor to launch it.
         show: whether to show how far it is; None where the standard error stream is a terminal.
