@@ -119,3 +119,14 @@ def linear_of(matrix: torch.Tensor) -> nn.Linear:
 
 def two_layers() -> nn.Sequential:
     return fill_(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), 0)
+
+
+class ByKeyword(nn.Module):
+    """Calls one of its layers by keyword."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.a, self.b = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, x):
+        return self.b(input=self.a(x))

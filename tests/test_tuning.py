@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchsmooth
-from tests.networks import COPIES, mlp, same, small_resnet, snapshot
+from tests.networks import COPIES, ByKeyword, mlp, same, small_resnet, snapshot
 from tests.strategies import convolutions, fill_, low_rank, randn, seeds, small_convolutions
 from torchsmooth import _fused_layers, tuning
 from torchsmooth._derive import derive, is_tunable
@@ -632,19 +632,8 @@ def test_a_model_with_an_autocast_of_its_own_is_tuned_as_it_runs():
     assert close(run(model, x).float(), expected.float(), 5e-2)
 
 
-class ByKeyword(nn.Module):
-    """Calls one of its layers by keyword."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(48, 48), nn.Linear(48, 48)
-
-    def forward(self, x):
-        return self.b(input=self.a(x))
-
-
 def test_a_layer_that_is_called_by_keyword_is_tuned_too():
-    model = fill_(ByKeyword(), 0).eval()
+    model = fill_(ByKeyword(48), 0).eval()
     torchsmooth.svd_compress_(model, 0.5)
     report = torchsmooth.tune_(model, randn(16, 48, seed=1, dtype=torch.float32))
     assert not any(layer.note for layer in report.layers)

@@ -15,6 +15,7 @@ from ._computed import computing
 from ._layers import count_parameters, find_layers, weights_of
 from ._lowrank_layer import LowRankLayer
 from ._planner import FILTERED
+from ._sharing import names_of_modules
 from .layer_types import layer_type
 
 if TYPE_CHECKING:
@@ -222,13 +223,11 @@ def layers_of_model(checkpoint: Checkpoint, model: nn.Module) -> FoundLayers:
     found = find_layers(model)
     prefix = _prefix(entries, model)
     _check_fit(entries, model, prefix, checkpoint)
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(f"{prefix}{name}")
+    names = names_of_modules(model)
     layers = []
     for one in found:
         # Of the names of a layer that is in the model more than once, a file may hold but one.
-        held = [name for name in aliases[id(one.module)] if f"{name}.weight" in entries]
+        held = [f"{prefix}{name}" for name in names[one.module] if f"{prefix}{name}.weight" in entries]
         name, *others = held or [f"{prefix}{one.name}"]
         key = f"{name}.weight"
         weights = weights_of(one.module)

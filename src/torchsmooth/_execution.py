@@ -107,7 +107,7 @@ class Derived:
 
     def doubt_(self) -> None:
         """Look at the values of the factors next time: a fused optimizer writes to them without a new version."""
-        if self._doubt is None and _may_read_values() and self.is_fresh():
+        if self._doubt is None and nobody_watches() and self.is_fresh():
             self._doubt = self._sums()
 
     def settle_(self) -> None:
@@ -176,12 +176,12 @@ def active(layer: nn.Module, input: Tensor) -> Callable[..., Tensor] | None:  # 
     derived: Derived | None = layer.__dict__.get(_PLACE)
     if derived is None or _is_exporting():
         return None
-    if layer.training or torch.is_grad_enabled():
-        may_be_trained = torch.is_grad_enabled() and derived.need_gradients()
-        if may_be_trained and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and derived.need_gradients():
+        if not torch.compiler.is_compiling():
             derived.doubt_()
-        if may_be_trained or layer.training:
-            return None
+        return None
+    if layer.training:
+        return None
     if derived._doubt is not None and not torch.compiler.is_compiling():
         derived.settle_()
     if derived.suits is not None:
@@ -192,12 +192,12 @@ def active(layer: nn.Module, input: Tensor) -> Callable[..., Tensor] | None:  # 
     return derived.run if derived.is_fresh() else None
 
 
-def _may_read_values() -> bool:
-    """Say whether the values of tensors are there to be read, and nobody takes note of the operators that do it."""
+def nobody_watches() -> bool:
+    """Say whether operators are just run: neither counted, nor traced, nor transformed by ``torch.func``."""
     return (
-        torch._C._get_tracing_state() is None
+        torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
     )
 
 

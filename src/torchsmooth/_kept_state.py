@@ -6,17 +6,17 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ._sharing import TORCH_ATTRIBUTES
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-# What every module has: its children, parameters, buffers, hooks, its mode.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+    from torch import nn
 
 # Layers of torch keep nothing in plain attributes, and wrappers of torch what nobody should meddle with.
 _OTHERS = ("torch", __name__.partition(".")[0])
-
 
 # Entries of a container: what has more is a table, such as a vocabulary, and would take its time at each run.
 _LARGEST = 10_000
@@ -73,7 +73,7 @@ def _can_be_copied(tensor: Tensor) -> bool:
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in attributes.items() if name not in TORCH_ATTRIBUTES}
 
 
 def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:

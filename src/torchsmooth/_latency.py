@@ -145,7 +145,6 @@ def device_of(model: nn.Module) -> torch.device:
 def observe_calls(model: nn.Module, inputs: Inputs, names: Mapping[Any, str]) -> dict[nn.Module, Calls]:
     """Run a model, and note what some of its modules, known by these names, were called with."""
     found: dict[nn.Module, Calls] = {}
-
     by_keyword: set[nn.Module] = set()
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ._execution import nobody_watches
 from ._geometry import each, zeros_around
 
 if TYPE_CHECKING:
@@ -121,10 +122,8 @@ class PackedExecution(nn.Module):
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and forward_ad._current_level < 0
-            and torch._C._functorch.peek_interpreter_stack() is None
             # Whoever looks at operators, to count or to trace them, wants to see those that everybody knows.
-            and not torch._C._len_torch_dispatch_stack()
-            and torch._C._get_tracing_state() is None
+            and nobody_watches()
         )
 
     def traced(self) -> Callable[[Tensor], Tensor] | None:

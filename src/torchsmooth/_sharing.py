@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 # What every module keeps: its children, parameters, hooks.
-_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 # How names of plain attributes begin.
 _PLAIN = "the plain attribute "
@@ -41,7 +41,7 @@ class Sharing:
             for own_name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
                 self._add(tensor, f"{prefix}{own_name}")
             for attribute, value in vars(owner).items():
-                if attribute not in _TORCH_ATTRIBUTES:
+                if attribute not in TORCH_ATTRIBUTES:
                     for one in _reach(value, seen, tree):
                         if isinstance(one, nn.Module):
                             self._modules[one] = f"also held by {_PLAIN}{prefix}{attribute}"
@@ -81,6 +81,14 @@ class Sharing:
             self._tensors.setdefault(storage, []).append((start, end, name))
 
 
+def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return the names of each module of a model, all of those that are in it more than once."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
 def span_of(tensor: Tensor) -> tuple[int, int, int]:
     """Return the storage of a tensor and the bytes of it that it lies over, or stand-ins where it has none."""
     if type(tensor.data) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
@@ -113,7 +121,7 @@ def _reach(value: Any, seen: dict[int, Any], tree: set[nn.Module]) -> Iterator[A
 def _contents(value: Any) -> Iterable[Any] | None:
     """List what a value holds, if it is of a kind that can be looked into."""
     if isinstance(value, nn.Module):
-        plain = (one for name, one in vars(value).items() if name not in _TORCH_ATTRIBUTES)
+        plain = (one for name, one in vars(value).items() if name not in TORCH_ATTRIBUTES)
         return (*value._modules.values(), *value._parameters.values(), *value._buffers.values(), *plain)
     if isinstance(value, dict):
         return (*value.keys(), *value.values())

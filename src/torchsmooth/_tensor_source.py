@@ -15,6 +15,7 @@ import torch
 from ._checks import describe, quoted
 from ._pickle_file import PickleFile
 from ._safetensors_file import SafetensorsFile
+from ._sharing import names_of_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,11 +97,9 @@ class Checkpoint:
     def state_for(self, model: nn.Module) -> dict[str, Any]:
         """Return the same with what a model has under several names, tensors and layers, under all of them."""
         state: dict[str, Any] = OrderedDict(self.state())
-        names: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            names.setdefault(id(module), []).append(f"{name}.")
-        for aliases in names.values():
-            if len(aliases) > 1:
+        for names in names_of_modules(model).values():
+            if len(names) > 1:
+                aliases = [f"{name}." for name in names]
                 held = {
                     key[len(one) :]: value for one in aliases for key, value in state.items() if key.startswith(one)
                 }

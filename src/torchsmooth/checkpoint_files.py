@@ -179,7 +179,7 @@ def checked_device(device: Any) -> torch.device:
         raise ValueError(f"device must be a torch.device or the name of one, got {describe(device)}.") from error
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(found)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return found
 

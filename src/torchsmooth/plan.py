@@ -21,7 +21,7 @@ from ._ranks import ALONE
 from ._running import as_inputs
 from ._swap import swap_
 from ._table import format_rank, format_table
-from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table
+from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table, removed_share
 
 if TYPE_CHECKING:
     import os
@@ -99,7 +99,7 @@ class CompressionPlan:
     @property
     def ratio(self) -> float:
         """Fraction of the parameters that is removed."""
-        return (self.parameters_before - self.parameters_after) / self.parameters_before
+        return removed_share(self.parameters_before, self.parameters_after)
 
     def _saved(self) -> int | None:
         costs = [(one.prices.dense, one.cost_after) for one in self.layers if one.options]

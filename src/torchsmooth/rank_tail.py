@@ -145,9 +145,8 @@ class TailPlan(Adaptation):
         """Return half the squared tail of a weight, and the tail itself."""
         projection = self._projections.get(name)
         tensor = weight.tensor.detach()
-        if projection is None:
-            return tensor.new_zeros(()), torch.zeros_like(tensor)
-        if projection.shape not in (None, tensor.shape):  # another layer has taken the place since
+        # Of another shape: another layer has taken the place since.
+        if projection is None or projection.shape not in (None, tensor.shape):
             return tensor.new_zeros(()), torch.zeros_like(tensor)
         with torch.autocast(tensor.device.type, enabled=False):
             kept = projection(tensor)

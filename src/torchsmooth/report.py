@@ -81,6 +81,11 @@ def layer_table(layers: Any) -> str:
     return format_table(header, rows, right=(3, 4, 5, 6) if with_output else (3, 4, 5))
 
 
+def removed_share(before: int, after: int) -> float:
+    """Return what share is gone, rounded once: 1 - after / before may come out below a ratio that is met exactly."""
+    return (before - after) / before
+
+
 class Totals(NamedTuple):
     """What a whole model costs before and after; None where that was not counted."""
 
@@ -105,7 +110,7 @@ class Totals(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it by name, with the ratio of the parameters."""
-        return {**self._asdict(), "ratio": (self.parameters_before - self.parameters_after) / self.parameters_before}
+        return {**self._asdict(), "ratio": removed_share(self.parameters_before, self.parameters_after)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class CompressionReport:
     @property
     def ratio(self) -> float:
         """Fraction of the parameters that was removed."""
-        return (self.parameters_before - self.parameters_after) / self.parameters_before
+        return removed_share(self.parameters_before, self.parameters_after)
 
     @property
     def compressed(self) -> tuple[LayerReport, ...]:
