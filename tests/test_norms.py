@@ -39,9 +39,9 @@ def follow(model, batches, changed):
     """Run both networks, the second one with other weights, and return it with the statistics that follow."""
     norms = FollowingNorms(model)
     for batch in batches:
-        with norms.watching_dense():
+        with norms.watching_dense() as seen:
             model(batch)
-        with changed(), norms.in_place():
+        with changed(), norms.in_place(seen):
             model(batch)
     norms.settle()
     return norms
@@ -109,9 +109,9 @@ def test_what_comes_out_has_the_mean_and_the_variance_of_the_dense_network(seed,
 def test_one_batch_is_matched_while_it_runs():
     model, weight = conv_and_norm(), randn(4, 3, 3, 3, seed=1)
     norms = FollowingNorms(model)
-    with torch.no_grad(), norms.watching_dense():
+    with torch.no_grad(), norms.watching_dense() as seen:
         dense = values_at(model[1], lambda: model(images(0)))
-    with torch.no_grad(), another_weight(model[0], weight), norms.in_place():
+    with torch.no_grad(), another_weight(model[0], weight), norms.in_place(seen):
         assert close(values_at(model[1], lambda: model(images(0))), dense)
 
 
@@ -186,9 +186,9 @@ def test_a_norm_called_several_times_is_matched_to_all_its_calls_together():
     dense = inputs()
     norms = FollowingNorms(model)
     with torch.no_grad():
-        with norms.watching_dense():
+        with norms.watching_dense() as seen:
             model(batch)
-        with another_weight(model.first, weight), norms.in_place():
+        with another_weight(model.first, weight), norms.in_place(seen):
             compressed = inputs()  # each call matched to that call, until all have been seen
         norms.settle()
     (mean, new_mean), (variance, new_variance) = norms.statistics()
@@ -202,19 +202,20 @@ def test_norms_are_settled_as_the_network_comes_to_them():
     norms = FollowingNorms(model)
     batch = randn(20, 5, seed=0, dtype=torch.float32)
     with torch.no_grad():
-        for context in (norms.watching_dense(), norms.in_place()):
-            with context:
-                model[1](model[0](batch))
+        with norms.watching_dense() as seen:
+            model[1](model[0](batch))
+        with norms.in_place(seen):
+            model[1](model[0](batch))
     assert norms.unsettled
     norms.settle()
     assert norms.unsettled
     assert [buffer is model[1].running_mean for buffer, _ in norms.statistics()] == [True, False]
     with torch.no_grad():
-        with norms.watching_dense():
+        with norms.watching_dense() as seen:
             assert len(model[1]._forward_pre_hooks) == 0  # it has been
             assert len(model[3]._forward_pre_hooks) == 1
             model(batch)
-        with norms.in_place():
+        with norms.in_place(seen):
             model(batch)
     norms.settle()
     assert not norms.unsettled
@@ -235,9 +236,10 @@ def test_the_model_is_as_before_after_every_context(context, stop):
     batch = randn(2, 3, 8, 8, seed=0, dtype=torch.float32)
 
     def run():
-        with torch.no_grad(), norms.watching_dense():
+        with torch.no_grad(), norms.watching_dense() as seen:
             model(batch)
-        with torch.no_grad(), another_weight(model.conv1, 2 * model.conv1.weight.detach()), getattr(norms, context)():
+        again = norms.watching_dense() if context == "watching_dense" else norms.in_place(seen)
+        with torch.no_grad(), another_weight(model.conv1, 2 * model.conv1.weight.detach()), again:
             model(batch)
             if stop is not None:
                 raise stop
@@ -306,10 +308,10 @@ def test_a_network_that_goes_another_way_leaves_the_rest_alone():
     expected = copy.deepcopy(model)
     norms = FollowingNorms(model)
     with torch.no_grad():
-        with norms.watching_dense():
+        with norms.watching_dense() as seen:
             model(randn(9, 4, seed=0))
         model.turn = True
-        with norms.in_place():
+        with norms.in_place(seen):
             model(randn(9, 4, seed=0))
     norms.settle()
     write_(norms)

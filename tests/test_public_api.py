@@ -363,6 +363,8 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "tucker",
         "_norms",
         "_calibration",
+        "_finished",
+        "_two_networks",
         "_refit",
         "_plan_file",
         "layer_plan",

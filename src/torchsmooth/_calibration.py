@@ -58,7 +58,8 @@ class Traffic:
 class Calibration:
     """Unlabelled batches, kept to be run again.
 
-    Memory: the inputs of the batches and, at a time, the moments of as many layers as fit 1 GiB, or of one.
+    Memory: the inputs of the batches and, at a time, the moments of as many layers as fit 1 GiB, or of one; a refit
+    keeps what parts of the two networks put out, 1 GiB of each at most.
 
     Among several ranks, each runs batches of its own, and what it learns of them counts together with what the others
     learn of theirs.
@@ -129,7 +130,7 @@ def _unite(traffic: Mapping[str, Traffic], team: Team) -> None:
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[Callable[[int], None]]:
+def running(model: nn.Module) -> Iterator[Callable[[int], bool]]:
     """Run a model only to look at it: in eval mode, without gradients, and without what skips hooks.
 
     That is compiled code, and the fast path of transformer encoders with the nested tensors that go through it.

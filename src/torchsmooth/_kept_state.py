@@ -49,22 +49,27 @@ class KeptState:
         ]
 
     @torch.no_grad()
-    def put_back_(self) -> None:
-        """Make all of it what it was."""
+    def put_back_(self) -> bool:
+        """Make all of it what it was, and say whether any of it was not."""
+        has_changed = False
         for buffers, before in self._buffers:
             if not _are_same(buffers, before):
                 buffers.clear()
                 buffers.update(before)
+                has_changed = True
         for tensor, address, version, values in self._tensors:
             if tensor._version != version or tensor.data_ptr() != address:
                 tensor.copy_(values)
+                has_changed = True
         for attributes, plain in self._attributes:
             if not _are_same(_plain(attributes), plain):
                 for name in _plain(attributes):
                     del attributes[name]
                 attributes.update(plain)
+                has_changed = True
         for container, content in self._containers:
-            _refill_(container, content)
+            has_changed = _refill_(container, content) or has_changed
+        return has_changed
 
 
 def _can_be_copied(tensor: Tensor) -> bool:
@@ -80,16 +85,15 @@ def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
 
 
-def _refill_(container: Any, before: Any) -> None:
-    """Put back what a container held, if it holds anything else now."""
+def _refill_(container: Any, before: Any) -> bool:
+    """Put back what a container held, and say whether it held anything else."""
     if isinstance(container, dict):
-        if not _are_same(container, before) or list(container) != list(before):
-            container.clear()
-            container.update(before)
+        is_same = _are_same(container, before) and list(container) == list(before)
     elif isinstance(container, set):
-        if container != before:
-            container.clear()
-            container.update(before)
-    elif len(container) != len(before) or any(now is not one for now, one in zip(container, before, strict=True)):
+        is_same = bool(container == before)
+    else:
+        is_same = len(container) == len(before) and all(now is one for now, one in zip(container, before, strict=True))
+    if not is_same:
         container.clear()
-        container.extend(before)
+        (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+    return not is_same

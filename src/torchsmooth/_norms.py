@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,10 @@ class Spread:
         return Spread(count, self.mean + share * step, variance)
 
 
+# What a batch looks like at norms, call by call.
+Seen: TypeAlias = dict[_BatchNorm, list[Spread]]
+
+
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorm layers that have running statistics, by name."""
     return {
@@ -91,34 +95,37 @@ class FollowingNorms:
         # Statistics of the compressed network; those of norms it has not yet come to are still the dense network's.
         self._statistics = {norm: (mean.clone(), variance.clone()) for norm, (mean, variance) in self._dense.items()}
         self._settled: set[_BatchNorm] = set()
-        self._seen: dict[_BatchNorm, list[Spread]] = {}
-        self._met: dict[_BatchNorm, int] = {}
         self._totals: dict[_BatchNorm, tuple[Spread, Spread]] = {}
 
     @property
-    def unsettled(self) -> bool:
-        """Whether there are norms that the compressed network has not come to."""
-        return len(self._settled) < len(self._norms)
+    def unsettled(self) -> list[_BatchNorm]:
+        """Norms that the compressed network has not come to."""
+        return [norm for norm in self._norms if norm not in self._settled]
 
     @contextmanager
-    def watching_dense(self) -> Iterator[None]:
-        """Note what a batch looks like in the dense network, at norms that are not settled."""
-        self._seen, self._met = {}, {}
+    def watching_dense(self) -> Iterator[Seen]:
+        """Note what a batch looks like in the dense network, at each call of norms that are not settled."""
+        seen: Seen = {}
 
         def note(norm: Any, args: Any, kwargs: Any) -> None:
-            self._seen.setdefault(norm, []).append(Spread.of(args[0] if args else kwargs["input"]))
+            seen.setdefault(norm, []).append(Spread.of(args[0] if args else kwargs["input"]))
 
         with self._hooked(note):
-            yield
+            yield seen
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the model's norms use the statistics of the compressed network, and find those that are not settled."""
+    def in_place(self, seen: Seen) -> Iterator[None]:
+        """Let the model's norms use the statistics of the compressed network, and find those that are not settled.
+
+        Args:
+            seen: what the same batch looks like in the dense network.
+        """
+        met: dict[_BatchNorm, int] = {}
 
         def match(norm: Any, args: Any, kwargs: Any) -> None:
-            call = self._met.get(norm, 0)
-            self._met[norm] = call + 1
-            dense = self._seen.get(norm, [])
+            call = met.get(norm, 0)
+            met[norm] = call + 1
+            dense = seen.get(norm, [])
             if call >= len(dense):  # the two networks have gone different ways
                 return
             here = Spread.of(args[0] if args else kwargs["input"])
@@ -179,9 +186,8 @@ class FollowingNorms:
     @contextmanager
     def _hooked(self, hook: Any) -> Iterator[None]:
         with ExitStack() as stack:
-            for norm in self._norms:
-                if norm not in self._settled:
-                    stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for norm in self.unsettled:
+                stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def _set(self, norm: _BatchNorm, dense: Spread, here: Spread) -> None:

@@ -9,36 +9,32 @@ way follow. The model itself runs as both networks in turn and is the dense one 
 from __future__ import annotations
 
 import contextlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ._batches import run
 from ._calibration import (
     NOT_REACHED,
-    Calibration,
-    Traffic,
     grouped_weight,
-    hook_first,
-    running,
     why_uncalibrated,
 )
-from ._layers import weight_of
 from ._linalg import LinAlgError, clamped, working_copy
 from ._matricise import channel_view
-from ._moments import Moments, check_moments, input_rows, output_rows
+from ._moments import check_moments
 from ._norms import FollowingNorms
 from ._progress import progress
 from ._sharing import Sharing
+from ._two_networks import DifferentError, TwoNetworks
 from ._whitening import damped, target_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
+    from ._calibration import Calibration, Traffic
     from ._lowrank_layer import LowRankLayer
+    from ._moments import Moments
     from ._undo import Undo
 
 # How much the layer's own weight counts beside the data, as a share of the mean energy of its inputs. It matters where
@@ -103,10 +99,6 @@ class Refitted:
             tensor.copy_(values)
 
 
-class _Reached(BaseException):
-    """Ends a run that has come as far as it was to go."""
-
-
 def refit(
     model: nn.Module,
     replacements: Mapping[nn.Module, LowRankLayer],
@@ -130,9 +122,25 @@ def refit(
         ValueError: if the layers' values come out NaN or infinite on the data.
     """
     (looked,) = calibration.look(model, {names[one]: one for one in replacements}, moments=False)
-    traffic = {name: seen for name, (seen, _) in looked.items()}
+    traffic = {one: looked[name][0] for one, name in names.items() if one in replacements}
+    try:
+        return _refit(model, replacements, names, calibration, traffic, fall_back, reuse=True)
+    except DifferentError:  # some part does more than compute, and it is not seen what
+        return _refit(model, replacements, names, calibration, traffic, fall_back, reuse=False)
+
+
+def _refit(
+    model: nn.Module,
+    replacements: Mapping[nn.Module, LowRankLayer],
+    names: Mapping[nn.Module, str],
+    calibration: Calibration,
+    traffic: Mapping[nn.Module, Traffic],
+    fall_back: Callable[[nn.Module], None],
+    *,
+    reuse: bool,
+) -> Refitted:
     refitted = Refitted(FollowingNorms(model, calibration.team))
-    work = _Work(model, replacements, calibration, refitted.norms)
+    work = TwoNetworks(model, replacements, calibration, traffic, refitted.norms, reuse=reuse)
 
     def leave(module: nn.Module, note: str) -> None:
         fall_back(module)
@@ -140,19 +148,19 @@ def refit(
         refitted.notes[names[module]] = note
 
     reasons = {
-        one: why_uncalibrated(one) if traffic[names[one]].reached else FUSED if work.is_fused(one) else NOT_REACHED
+        one: why_uncalibrated(one) if traffic[one].reached else FUSED if work.is_fused(one) else NOT_REACHED
         for one in replacements
     }
     for module, why in reasons.items():
         if why:
             leave(module, why)
-    steps = sorted((one for one, why in reasons.items() if not why), key=lambda one: traffic[names[one]].order)
+    steps = sorted((one for one, why in reasons.items() if not why), key=lambda one: traffic[one].order)
     sharing = Sharing(model)
-    for module in progress(steps, "refitting layers", enabled=calibration.show):
+    for place, module in enumerate(progress(steps, "refitting layers", enabled=calibration.show), 1):
         name = names[module]
         bias = module._parameters.get("bias")
         own_bias = bias is not None and not sharing.of_weight(bias, f"{name}.bias")
-        moments = work.moments_at(module, traffic[name])
+        moments = work.moments_at(module, steps[place:])
         if not moments.count:  # called with nothing, or where data decides, not at all any more
             leave(module, NO_ROWS)
             continue
@@ -160,7 +168,7 @@ def refit(
             refitted.notes[name] = UNLIKE
         if bias is not None and not own_bias:  # it stays, so that the factors need not bring it
             moments.outputs_mean -= working_copy(bias).reshape(moments.outputs_mean.shape)
-        centred = own_bias or traffic[name].normed
+        centred = own_bias or traffic[module].normed
         error = _fit_(replacements[module], module, moments, centred=centred, name=name)
         if own_bias and isinstance(bias, nn.Parameter):
             work.biases[module] = _bias_of(replacements[module], moments, bias.dtype)
@@ -214,122 +222,3 @@ def _bias_of(low_rank: LowRankLayer, moments: Moments, dtype: torch.dtype) -> Te
     """Return the bias with which the mean output is the dense network's, within the range of a dtype."""
     mean = (_stored_weight(low_rank) @ moments.inputs_mean.unsqueeze(-1)).squeeze(-1)
     return clamped((moments.outputs_mean - mean).flatten(), dtype)
-
-
-class _Work:
-    """The two networks that one model is in turn."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        replacements: Mapping[nn.Module, LowRankLayer],
-        calibration: Calibration,
-        norms: FollowingNorms,
-    ) -> None:
-        self.model, self.replacements, self.calibration, self.norms = model, replacements, calibration, norms
-        self.done: set[nn.Module] = set()
-        self.biases: dict[nn.Module, Tensor] = {}
-        self._places = [
-            (parent, name, child)
-            for parent in model.modules()
-            for name, child in parent._modules.items()
-            if child is not None and child in replacements
-        ]
-
-    def is_fused(self, module: nn.Module) -> bool:
-        """Say whether a layer is part of one that torch computes as a whole, without calling it."""
-        return any(child is module and isinstance(parent, nn.RNNBase) for parent, _, child in self._places)
-
-    def moments_at(self, module: nn.Module, traffic: Traffic) -> Moments:
-        """Pair what reaches a layer in the compressed network with what leaves it in the dense one."""
-        moments = Moments()
-        outputs: list[Tensor] = []
-        pairs: list[tuple[Tensor, Tensor]] = []
-
-        def note_output(layer: nn.Module, _given: Tensor, output: Tensor, seed: int) -> None:
-            outputs.append(output_rows(layer, output, seed))
-
-        def note_pair(layer: nn.Module, given: Tensor, own: Tensor, seed: int) -> None:
-            rows, call = input_rows(layer, given, seed), len(pairs)
-            is_alike = call < len(outputs) and outputs[call].shape[:2] == rows.shape[:2]
-            # The compressed network may send a layer other rows; what the dense layer makes of those is known, too.
-            pairs.append((rows, outputs[call] if is_alike else output_rows(layer, own, seed)))
-
-        with running(self.model) as begin:
-            for index, (batch, calls) in enumerate(zip(self.calibration.batches, traffic.calls, strict=True)):
-                if not calls:
-                    continue
-                outputs.clear()
-                pairs.clear()
-                begin(index)
-                with self.norms.watching_dense(), _until(module, calls, note_output, index):
-                    self._run(batch)
-                begin(index)
-                with self._compressed(), _until(module, calls, note_pair, index):
-                    self._run(batch)
-                for given, output in pairs:
-                    moments.add(given, output)
-        self.norms.settle()
-        moments.unite(self.calibration.team, weight_of(module).device)
-        return moments
-
-    def run_through(self) -> None:
-        """Run both networks to the end, for the norms after the last layer."""
-        with running(self.model) as begin:
-            batches = progress(self.calibration.batches, "settling norms", enabled=self.calibration.show)
-            for index, batch in enumerate(batches):
-                begin(index)
-                with self.norms.watching_dense():
-                    self._run(batch)
-                begin(index)
-                with self._compressed():
-                    self._run(batch)
-        self.norms.settle()
-
-    def _run(self, batch: Any) -> None:
-        try:
-            run(self.model, batch)
-        except _Reached:
-            return
-
-    @contextmanager
-    def _compressed(self) -> Iterator[None]:
-        """Make the model the compressed network, as far as that has come."""
-        kept = {}
-        try:
-            for module, values in self.biases.items():
-                owner = self.replacements[module].bias_owner
-                kept[owner] = owner._parameters["bias"]
-                own = owner._parameters["bias"]
-                owner._parameters["bias"] = nn.Parameter(values.to(own), requires_grad=False)
-            for parent, name, child in self._places:
-                if child in self.done:
-                    parent._modules[name] = self.replacements[child]
-            with self.norms.in_place():
-                yield
-        finally:
-            for parent, name, child in self._places:
-                parent._modules[name] = child
-            for owner, bias in kept.items():
-                owner._parameters["bias"] = bias
-
-
-@contextmanager
-def _until(
-    module: nn.Module, calls: int, note: Callable[[nn.Module, Tensor, Tensor, int], None], batch: int
-) -> Iterator[None]:
-    """Note each of the calls of a layer, and end the run at the last."""
-    met = 0
-
-    def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        nonlocal met
-        met += 1
-        note(layer, args[0] if args else kwargs["input"], output, batch)
-        if met == calls:
-            raise _Reached
-
-    take_off = hook_first(module, hook)
-    try:
-        yield
-    finally:
-        take_off()

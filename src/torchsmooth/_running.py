@@ -74,7 +74,7 @@ def outline(value: Any) -> str:
 
 
 @contextmanager
-def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[int], None]]:
+def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterator[Callable[[int], bool]]:
     """Put a model in eval mode without gradients; put back modes, random state and what it keeps at the end.
 
     Args:
@@ -83,17 +83,19 @@ def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterato
 
     Yields:
         What makes runs alike, called with the number of a batch before each: it puts back what the model keeps from one
-        call to the next, and random numbers are the same for the same batch.
+        call to the next, and random numbers are the same for the same batch. It says whether there was anything to put
+        back, which is so if the model has been run and keeps something.
     """
     training = [(module, module.training) for module in model.modules()]
     devices = sorted({one.device.index for one in model.parameters() if one.device.type == "cuda"})
     kept = KeptState(model, changing)
 
-    def begin(batch: int) -> None:
-        kept.put_back_()
+    def begin(batch: int) -> bool:
+        has_changed = kept.put_back_()
         torch.default_generator.manual_seed(batch)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(batch)
+        return has_changed
 
     try:
         for module, _ in training:

@@ -1,0 +1,239 @@
+"""The dense network and the one that is compressed so far, which one model is in turn, run on the same batches."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._batches import run
+from ._calibration import hook_first, running
+from ._finished import FinishedParts
+from ._layers import weight_of
+from ._moments import Moments, input_rows, output_rows
+from ._progress import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from ._calibration import Calibration, Traffic
+    from ._lowrank_layer import LowRankLayer
+    from ._norms import FollowingNorms, Seen
+
+# Bytes of outputs that one run of the dense network notes at most, unless a single layer puts out more.
+_AHEAD = 1 << 30
+
+
+class DifferentError(Exception):
+    """Parts that were taken for finished do not put out what they did when all of the network runs."""
+
+
+class _Reached(BaseException):
+    """Ends a run that has come as far as it was to go."""
+
+
+class _Noted(NamedTuple):
+    """What one run of the dense network noted: of layers the rows that they put out, call by call, and its norms."""
+
+    outputs: dict[nn.Module, list[Tensor]]
+    norms: Seen
+
+
+class TwoNetworks:
+    """A model as the dense network, and as the compressed one, as far as that has come.
+
+    Args:
+        model: the dense model, which is as before whenever no method runs.
+        replacements: what takes the place of layers that are done.
+        calibration: the batches.
+        traffic: how the batches go through each of the layers.
+        norms: those of the model.
+        reuse: whether parts of the compressed network that will not change any more may be left out of runs.
+
+    Attributes:
+        done: layers whose replacement is filled in.
+        biases: of some of them, the bias that they have in the compressed network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacements: Mapping[nn.Module, LowRankLayer],
+        calibration: Calibration,
+        traffic: Mapping[nn.Module, Traffic],
+        norms: FollowingNorms,
+        *,
+        reuse: bool,
+    ) -> None:
+        self.model, self.replacements, self.calibration = model, replacements, calibration
+        self.traffic, self.norms = traffic, norms
+        self.done: set[nn.Module] = set()
+        self.biases: dict[nn.Module, Tensor] = {}
+        self._finished = FinishedParts(model)
+        if not reuse:
+            self._finished.give_up()
+        self._noted: dict[int, _Noted] = {}
+        self._places = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child is not None and child in replacements
+        ]
+
+    def is_fused(self, module: nn.Module) -> bool:
+        """Say whether a layer is part of one that torch computes as a whole, without calling it."""
+        return any(child is module and isinstance(parent, nn.RNNBase) for parent, _, child in self._places)
+
+    def moments_at(self, module: nn.Module, following: Sequence[nn.Module]) -> Moments:
+        """Pair what reaches a layer in the compressed network with what leaves it in the dense one.
+
+        Args:
+            module: the layer.
+            following: those that will be asked for next, in order.
+
+        Raises:
+            DifferentError: if ``module`` is the last, and other rows reach it when no part of the network is left out.
+        """
+        moments = Moments()
+        with running(self.model) as begin:
+            if not any(module in noted.outputs for noted in self._noted.values()):
+                self._note_dense(begin, [module, *following])
+            used, is_different = self._finished.used, False
+            for index, noted in self._noted.items():
+                if module not in noted.outputs:
+                    continue
+                pairs = self._pairs(begin, index, module, noted)
+                if not following and used:
+                    in_full = self._pairs(begin, index, module, noted, reuse=False)
+                    is_different = is_different or not _are_close(pairs, in_full)
+                for given, output in pairs:
+                    moments.add(given, output)
+        if not following and any(self.calibration.team.gather(is_different)):
+            raise DifferentError
+        self.norms.settle()
+        moments.unite(self.calibration.team, weight_of(module).device)
+        return moments
+
+    def run_through(self) -> None:
+        """Run both networks to the end, for the norms after the last layer."""
+        with running(self.model) as begin:
+            batches = progress(self.calibration.batches, "settling norms", enabled=self.calibration.show)
+            for index, batch in enumerate(batches):
+                begin(index)
+                with self.norms.watching_dense() as seen:
+                    run(self.model, batch)
+                begin(index)
+                with self._compressed(index, seen):
+                    run(self.model, batch)
+        self.norms.settle()
+
+    def _note_dense(self, begin: Callable[[int], bool], layers: list[nn.Module]) -> None:
+        """Run the dense network as far as there is room to note what the layers put out: at least through the first."""
+        self._noted = {}
+        room = _AHEAD
+        for index, batch in enumerate(self.calibration.batches):
+            calls = {one: self.traffic[one].calls[index] for one in layers}
+            outputs: dict[nn.Module, list[Tensor]] = {one: [] for one, count in calls.items() if count}
+
+            def note(
+                layer: nn.Module, _given: Tensor, output: Tensor, outputs: Any = outputs, seed: int = index
+            ) -> None:
+                nonlocal room
+                rows = output_rows(layer, output, seed)
+                room -= rows.numel() * rows.element_size()
+                outputs[layer].append(rows)
+
+            begin(index)
+            with self.norms.watching_dense() as seen, _until({one: calls[one] for one in outputs}, note):
+                _run_until_reached(self.model, batch)
+            self._noted[index] = _Noted(outputs, seen)
+            while room < 0 and len(layers) > 1:
+                last = layers.pop()
+                for noted in self._noted.values():
+                    room += sum(rows.numel() * rows.element_size() for rows in noted.outputs.pop(last, ()))
+
+    def _pairs(
+        self, begin: Callable[[int], bool], index: int, module: nn.Module, noted: _Noted, *, reuse: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return rows that reach a layer in the compressed network, with what comes of them, for each call."""
+        outputs = noted.outputs[module]
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def note(layer: nn.Module, given: Tensor, own: Tensor) -> None:
+            rows, call = input_rows(layer, given, index), len(pairs)
+            is_alike = call < len(outputs) and outputs[call].shape[:2] == rows.shape[:2]
+            # The compressed network may send a layer other rows; what the dense layer makes of those is known, too.
+            pairs.append((rows, outputs[call] if is_alike else output_rows(layer, own, index)))
+
+        begin(index)
+        calls = {module: self.traffic[module].calls[index]}
+        with self._compressed(index, noted.norms, reuse=reuse), _until(calls, note):
+            _run_until_reached(self.model, self.calibration.batches[index])
+        if begin(index):  # it keeps something from one call to the next, which parts left out would not see to
+            self._finished.give_up()
+        return pairs
+
+    @contextmanager
+    def _compressed(self, index: int, seen: Seen, *, reuse: bool = True) -> Iterator[None]:
+        """Make the model the compressed network, as far as that has come, for one batch."""
+        kept = {}
+        try:
+            for module, values in self.biases.items():
+                owner = self.replacements[module].bias_owner
+                kept[owner] = owner._parameters["bias"]
+                own = owner._parameters["bias"]
+                owner._parameters["bias"] = nn.Parameter(values.to(own), requires_grad=False)
+            for parent, name, child in self._places:
+                if child in self.done:
+                    parent._modules[name] = self.replacements[child]
+            unfinished = [*(one for one in self.replacements if one not in self.done), *self.norms.unsettled]
+            with self.norms.in_place(seen):
+                if reuse:
+                    with self._finished.in_place(index, unfinished):
+                        yield
+                else:
+                    yield
+        finally:
+            for parent, name, child in self._places:
+                parent._modules[name] = child
+            for owner, bias in kept.items():
+                owner._parameters["bias"] = bias
+
+
+def _run_until_reached(model: nn.Module, batch: Any) -> None:
+    try:
+        run(model, batch)
+    except _Reached:
+        return
+
+
+@contextmanager
+def _until(calls: Mapping[nn.Module, int], note: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Note the calls of layers, so many of each, and end the run at the last."""
+    left = sum(calls.values())
+
+    def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        note(layer, args[0] if args else kwargs["input"], output)
+        if not left:
+            raise _Reached
+
+    take_off = [hook_first(module, hook) for module in calls]
+    try:
+        yield
+    finally:
+        for one in take_off:
+            one()
+
+
+def _are_close(pairs: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> bool:
+    """Say whether the same rows came, up to what rounding may differ by."""
+    return len(pairs) == len(others) and all(
+        one.shape == other.shape
+        and torch.linalg.vector_norm(one - other, dtype=torch.float64)
+        <= torch.finfo(one.dtype).eps ** 0.5 * torch.linalg.vector_norm(other, dtype=torch.float64)
+        for (one, _), (other, _) in zip(pairs, others, strict=True)
+    )
