@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 from collections import deque
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,118 @@ from torchsmooth._kept_state import KeptState
 
 def rows(*shape, seed=0):
     return randn(*shape, seed=seed, dtype=torch.float32)
+
+
+class Cache:
+    """An object of the user's own."""
+
+    def __init__(self):
+        self.count, self.rows, self.last = 0, [], torch.zeros(12)
+
+
+class Deep(nn.Module):
+    """Keeps a state in tensors, containers in containers, and objects."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.hidden = torch.zeros(12)
+        self.listed, self.table = [torch.zeros(12)], {"k": [], "v": ([], torch.zeros(12))}
+        self.cache = Cache()
+        self.drawn = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        y = torch.tanh(self.one(x) * torch.rand(12, generator=self.drawn))
+        y = y + random.random() + np.random.random()  # noqa: S311, NPY002 - the global states are what this is about
+        mean = y.mean(0).detach()
+        self.table["k"].append(mean)
+        z = self.two(y + self.hidden + self.listed[0] + self.cache.last + sum(self.table["v"][0], torch.zeros(12)))
+        self.table["v"][0].append(mean)
+        self.table["v"][1].add_(mean)
+        self.hidden.add_(mean)
+        self.listed[0].add_(mean)
+        self.cache.count += 1
+        self.cache.rows.append(mean)
+        self.cache.last.mul_(0.5).add_(mean)
+        return z
+
+    def state(self):
+        cache = self.cache
+        tensors = [self.hidden, self.listed[0], self.table["v"][1], cache.last, self.drawn.get_state()]
+        return [one.tolist() for one in tensors], len(self.table["k"]), len(self.table["v"][0]), cache.count, cache.rows
+
+
+def numpy_state():
+    return str(np.random.get_state(legacy=False))  # noqa: NPY002 - the global state is what this is about
+
+
+DEEP_LOOKS = {
+    "calibration": lambda model: svd_compress_(model, 0.3, calibration=[rows(20, 12, seed=one) for one in range(3)]),
+    "macs": lambda model: plan_compression(model, 0.3, target="macs", example_inputs=rows(4, 12)),
+    "latency": lambda model: plan_compression(model, 0.01, target="latency", example_inputs=rows(4, 12)),
+    "tune_": lambda model: (svd_compress_(model, 0.3), tune_(model, rows(4, 12), progress=False)),
+}
+
+
+@pytest.mark.parametrize("name", DEEP_LOOKS)
+def test_state_in_tensors_containers_and_objects_is_as_before(name):
+    model = fill_(Deep(), 0).eval()
+    before, python, numpy = model.state(), random.getstate(), numpy_state()
+    with contextlib.suppress(ValueError):  # a plan for latency may not be had: what was looked at is as before
+        DEEP_LOOKS[name](model)
+    assert model.state() == before
+    assert random.getstate() == python
+    assert numpy_state() == numpy
+
+
+def test_both_networks_draw_the_same_numbers_from_whatever_they_draw():
+    report = svd_compress_(
+        fill_(Deep(), 0).eval(), 0.03, calibration=[rows(200, 12, seed=seed) for seed in range(3)], form="pivoted"
+    )
+    assert all(layer.output_error is None or layer.output_error < 0.2 for layer in report.layers)
+
+
+class Foreign(nn.Module):
+    """Holds an object of another package, with everything that hangs from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.foreign = Fraction(1, 3)
+        self.many = [0] * 20_000
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_objects_of_other_packages_and_tables_are_not_entered():
+    model = Foreign()
+    state = KeptState(model)
+    model.many.append(1)
+    assert not state.put_back_()
+    assert model.many[-1] == 1
+
+
+def test_it_is_said_whether_anything_was_put_back():
+    model = fill_(Deep(), 0).eval()
+    state = KeptState(model)
+    assert not state.put_back_()
+    changes = {
+        "a tensor": lambda: model.hidden.add_(1),
+        "in a list": lambda: model.listed[0].add_(1),
+        "a list in a dictionary": lambda: model.table["k"].append(1),
+        "in a tuple": lambda: model.table["v"][0].append(1),
+        "an object": lambda: setattr(model.cache, "count", 5),
+        "a generator": lambda: torch.rand(1, generator=model.drawn),
+        "an attribute": lambda: setattr(model, "hidden", None),
+        "a new attribute": lambda: setattr(model, "new", 1),
+    }
+    before = model.state()
+    for name, change in changes.items():
+        change()
+        assert state.put_back_(), name
+        assert not state.put_back_(), name
+        assert model.state() == before, name
 
 
 class Memory(nn.Module):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ._random_state import RandomState
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
@@ -82,10 +84,10 @@ class FinishedParts:
                 given = _tensors_in((args, *kwargs.values()))
                 if not is_first or still_to_change or given is None:
                     return compute(*args, **kwargs)
-                versions, random = [one._version for one in given], _random_state(given)
+                devices = sorted({one.device.index for one in given if one.device.type == "cuda"})
+                versions, random = [one._version for one in given], RandomState.now(devices)
                 output = compute(*args, **kwargs)
-                is_pure = versions == [one._version for one in given] and _are_equal(random, _random_state(given))
-                if is_pure:
+                if versions == [one._version for one in given] and random.is_as(RandomState.now(devices)):
                     self._keep(kept, part, output, given)
                 return output
 
@@ -160,15 +162,3 @@ def _copied(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.clone()
     return tuple(map(_copied, output)) if type(output) is tuple else output
-
-
-def _random_state(given: list[Tensor]) -> list[Tensor]:
-    devices = {one.device.index for one in given if one.device.type == "cuda"}
-    return [
-        torch.default_generator.get_state(),
-        *(torch.cuda.default_generators[one].get_state() for one in sorted(devices)),
-    ]
-
-
-def _are_equal(before: list[Tensor], after: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

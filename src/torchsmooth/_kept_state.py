@@ -6,14 +6,12 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._sharing import TORCH_ATTRIBUTES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from torch import nn
+    from collections.abc import Collection, Iterable
 
 # Layers of torch keep nothing in plain attributes, and wrappers of torch what nobody should meddle with.
 _OTHERS = ("torch", __name__.partition(".")[0])
@@ -21,9 +19,14 @@ _OTHERS = ("torch", __name__.partition(".")[0])
 # Entries of a container: what has more is a table, such as a vocabulary, and would take its time at each run.
 _LARGEST = 10_000
 
+_CONTAINERS = (list, dict, set, deque)
+
 
 class KeptState:
-    """The buffers of a model, and the plain attributes of modules that are not torch's, as they are now.
+    """The buffers of a model, and what modules that are not torch's hold in plain attributes, as they are now.
+
+    Plain attributes are followed into lists, dictionaries, sets, tuples, and objects whose classes come from the same
+    package as the module's, to the tensors and random generators that they hold.
 
     Args:
         model: any model.
@@ -33,42 +36,53 @@ class KeptState:
     def __init__(self, model: nn.Module, but: Collection[nn.Module] = ()) -> None:
         modules = list(model.modules())
         self._buffers = [(one._buffers, dict(one._buffers)) for one in modules if one not in but]
-        self._tensors = [
-            (tensor, tensor.data_ptr(), tensor._version, tensor.clone())
-            for _, buffers in self._buffers
-            for tensor in buffers.values()
-            if tensor is not None and _can_be_copied(tensor)
-        ]
-        own = [one for one in modules if type(one).__module__.partition(".")[0] not in _OTHERS]
+        tensors = {id(one): one for _, buffers in self._buffers for one in buffers.values() if one is not None}
+        left_out = {id(one) for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
+        own = [one for one in modules if _package(one) not in _OTHERS]
         self._attributes = [(vars(one), _plain(vars(one))) for one in own]
-        self._containers = [
-            (value, value.copy())
-            for _, plain in self._attributes
-            for value in plain.values()
-            if isinstance(value, (list, dict, set, deque)) and len(value) <= _LARGEST
-        ]
+        self._containers: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        seen: dict[int, Any] = {}
+        for module, (_, plain) in zip(own, self._attributes, strict=True):
+            for one in _reach(plain.values(), seen, _package(module)):
+                if isinstance(one, Tensor):
+                    if id(one) not in left_out and not isinstance(one, nn.Parameter):
+                        tensors[id(one)] = one
+                elif isinstance(one, torch.Generator):
+                    self._generators.append((one, one.get_state()))
+                else:
+                    self._containers.append((one, one.copy()))
+        self._tensors = [_Copied(one) for one in tensors.values() if _can_be_copied(one)]
 
     @torch.no_grad()
     def put_back_(self) -> bool:
         """Make all of it what it was, and say whether any of it was not."""
-        has_changed = False
-        for buffers, before in self._buffers:
-            if not _are_same(buffers, before):
-                buffers.clear()
-                buffers.update(before)
-                has_changed = True
-        for tensor, address, version, values in self._tensors:
-            if tensor._version != version or tensor.data_ptr() != address:
-                tensor.copy_(values)
-                has_changed = True
-        for attributes, plain in self._attributes:
-            if not _are_same(_plain(attributes), plain):
-                for name in _plain(attributes):
-                    del attributes[name]
-                attributes.update(plain)
-                has_changed = True
-        for container, content in self._containers:
-            has_changed = _refill_(container, content) or has_changed
+        changes = [
+            *[_refill_(buffers, before) for buffers, before in self._buffers],
+            *[_set_(attributes, plain) for attributes, plain in self._attributes],
+            *[_refill_(container, content) for container, content in self._containers],
+        ]
+        changes += [one.put_back_() for one in self._tensors]
+        for generator, state in self._generators:
+            if not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+                changes.append(True)
+        return any(changes)
+
+
+class _Copied:
+    """A tensor and the values that it had."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._values = tensor, tensor.detach().clone()
+        self._as_it_is = tensor.data_ptr(), tensor._version
+
+    def put_back_(self) -> bool:
+        tensor = self._tensor
+        has_changed = (tensor.data_ptr(), tensor._version) != self._as_it_is
+        if has_changed:
+            tensor.copy_(self._values)
+            self._as_it_is = tensor.data_ptr(), tensor._version
         return has_changed
 
 
@@ -77,12 +91,52 @@ def _can_be_copied(tensor: Tensor) -> bool:
     return type(tensor.data) is Tensor and not tensor.is_inference() and tensor.layout is torch.strided
 
 
+def _package(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if name not in TORCH_ATTRIBUTES}
 
 
+def _reach(values: Iterable[Any], seen: dict[int, Any], package: str) -> Iterable[Any]:
+    """Yield the tensors, the generators and the containers that values lead to, each once.
+
+    ``seen`` keeps what has been seen alive, so that no identity is given out twice. Of an object, what is yielded is
+    the dictionary of its attributes. Modules are not entered: those of the model are looked at by themselves.
+    """
+    todo = list(values)
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, nn.Module):
+            continue
+        if isinstance(one, (Tensor, torch.Generator)):
+            seen[id(one)] = one
+            yield one
+        elif isinstance(one, (*_CONTAINERS, tuple)):
+            if len(one) <= _LARGEST:
+                seen[id(one)] = one
+                todo.extend(one.values() if isinstance(one, dict) else one)
+                if not isinstance(one, tuple):
+                    yield one
+        elif _package(one) == package and isinstance(getattr(one, "__dict__", None), dict):
+            seen[id(one)] = one
+            todo.append(vars(one))
+
+
 def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
     return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+
+
+def _set_(attributes: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Put back the plain attributes of a module, and say whether they were others."""
+    now = _plain(attributes)
+    is_same = _are_same(now, plain)
+    if not is_same:
+        for name in now:
+            del attributes[name]
+        attributes.update(plain)
+    return not is_same
 
 
 def _refill_(container: Any, before: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import describe, with_article
 from ._kept_state import KeptState
+from ._random_state import random_states_put_back, seed_all_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -92,15 +93,13 @@ def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterato
 
     def begin(batch: int) -> bool:
         has_changed = kept.put_back_()
-        torch.default_generator.manual_seed(batch)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(batch)
+        seed_all_(batch, devices)
         return has_changed
 
     try:
         for module, _ in training:
             module.training = False
-        with torch.inference_mode(mode=False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.inference_mode(mode=False), torch.no_grad(), random_states_put_back(devices):
             yield begin
     finally:
         for module, mode in training:
