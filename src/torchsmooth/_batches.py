@@ -29,8 +29,18 @@ def collect(batches: Iterable[Any], name: str) -> list[Any]:
     The random state of the CPU is as before afterwards: a loader draws from it, even one that does not shuffle.
     """
     check_batches(batches, name)
+    kept: list[Any] = []
+    versions: list[list[int]] = []
     with torch.random.fork_rng(devices=[]):
-        kept = [check_batch(batch) for batch in batches]
+        for batch in batches:
+            kept.append(check_batch(batch))
+            versions.append(_versions(kept[-1]))
+    for place, (batch, before) in enumerate(zip(kept, versions, strict=True)):
+        if _versions(batch) != before:
+            raise ValueError(
+                f"{name}: batch {place} was written to after it was given, so that it holds another one by now: yield "
+                "a tensor of its own for each, for instance batch.clone()."
+            )
     if not kept:
         raise ValueError(f"{name} is empty: pass at least one batch (an iterator can be used up only once).")
     return kept
@@ -45,6 +55,12 @@ def check_batch(batch: Any) -> Any:
     raise TypeError(
         f"a batch must be a tensor, a tuple or list that begins with the input, or a dict; got {describe(batch)}."
     )
+
+
+def _versions(batch: Any) -> list[int]:
+    """Return what changes when one of the tensors of a batch is written to."""
+    values = batch.values() if isinstance(batch, Mapping) else [batch]
+    return [one._version for one in values if isinstance(one, Tensor) and not one.is_inference()]
 
 
 def run(model: nn.Module, batch: Any) -> Any:
