@@ -77,6 +77,61 @@ def test_only_what_goes_straight_into_a_norm_is_normed():
     assert normed(Named(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.zeros(3, 4)) == {"0": True}
 
 
+@pytest.mark.parametrize("other", ["returned", "added", "in place", "viewed"])
+def test_what_goes_elsewhere_as_well_is_not_normed(other):
+    class Neck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.head = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            if other == "in place":
+                return self.head(self.norm(y.relu_()))
+            z = self.head(self.norm(y))
+            return {"returned": lambda: {"y": [y], "z": z}, "added": lambda: y + z, "viewed": lambda: (z, y[:, :2])}[
+                other
+            ]()
+
+    assert normed(Neck(), torch.ones(3, 4))["linear"] is False
+
+
+def test_the_order_is_that_of_the_data_whichever_batch_comes_first():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.third(self.second(x) if len(x) == 3 else x)
+
+    batches = [torch.zeros(2, 4), torch.zeros(3, 4)]
+    for given in (batches, batches[::-1]):
+        found = look(Skips(), given, moments=False)
+        assert sorted(found, key=lambda name: found[name][0].order) == ["first", "second", "third"]
+
+
+def test_norms_before_a_layer_are_known():
+    found = look(small_resnet(), [IMAGES], moments=False)
+    norms = {name: traffic.norms for name, (traffic, _) in found.items()}
+    assert norms["conv1"] == frozenset()
+    assert norms["layers.0.conv1"] == {"bn1"}
+    assert norms["layers.0.conv2"] == {"bn1", "layers.0.bn1"}
+
+
+def test_a_tensor_that_is_filled_anew_for_each_batch_is_refused():
+    def loader():
+        batch = torch.empty(3, 4)
+        for value in range(3):
+            yield batch.fill_(value), "label"
+
+    with pytest.raises(ValueError, match=r"calibration: batch 0 was written to after it was given.*batch\.clone\(\)"):
+        Calibration(loader())
+    with pytest.raises(ValueError, match="batch 0 was written to"):
+        Calibration({"x": one} for one in map(torch.zeros(2).add_, (1, 2)))
+
+
 @pytest.mark.parametrize(("taken", "expected"), [((True, True), True), ((True, False), False), ((False, False), False)])
 def test_every_call_has_to_go_into_a_norm(taken, expected):
     class Calls(nn.Module):

@@ -196,7 +196,7 @@ def test_nothing_is_left_out_of_a_model_that_keeps_something():
         self.steps = getattr(self, "steps", 0) + 1
         return h
 
-    model = deep(None, count, None, None, None, None)
+    model = deep(count, None, None, None, None)
     batches = batches_for(model)
     found = counted(model, 1, batches)
     with patch.object(FinishedParts, "_keep", lambda *_: None):

@@ -20,7 +20,7 @@ from torchsmooth import _refit as room
 from torchsmooth._calibration import NOT_REACHED, TOO_WIDE, Calibration
 from torchsmooth._layers import KINDS
 from torchsmooth._leading import truncated_factors
-from torchsmooth._lowrank_layer import LowRankLayer
+from torchsmooth._lowrank_layer import LowRankLayer, multiply_out
 from torchsmooth._matricise import distinct_schemes
 from torchsmooth._moments import Moments
 from torchsmooth._refit import NO_ROWS, refit
@@ -777,3 +777,86 @@ def test_what_is_no_data_is_refused(batches, error, message):
     with pytest.raises(error, match=message):
         svd_compress_(model, 0.5, calibration=batches)
     assert is_as(before, model)
+
+
+# Norms, and rows in batches
+
+
+def normed_mlp(seed):
+    layers = [part for _ in range(3) for part in (nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU())]
+    return fill_(nn.Sequential(*layers, nn.Linear(12, 5)), seed).double().eval()
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from([1, 7, 40]), st.booleans())
+def test_it_does_not_matter_how_rows_are_cut_into_batches(seed, size, is_sorted):
+    model, inputs = normed_mlp(seed), correlated(120, 12, seed)
+    order = inputs[:, 0].argsort() if is_sorted else torch.arange(120)
+    choices = {"0": 6, "3": 5, "6": 5, "9": 3}
+    found, replacements = look(model, [inputs], choices)
+    other, others = look(model, inputs[order].split(size), choices)
+    for one, another in zip(replacements.values(), others.values(), strict=True):
+        assert torch.allclose(multiply_out(one), multiply_out(another), atol=1e-7)
+    assert found.errors == pytest.approx(other.errors, abs=1e-7)
+    for one, another in zip(found.values, other.values, strict=True):
+        assert torch.allclose(one, another, atol=1e-7)
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from([1, 40]))
+def test_the_error_that_is_reported_is_the_one_that_is_there(seed, size):
+    model, inputs = normed_mlp(seed), correlated(120, 12, seed)
+    wanted = centred(outputs(model, [inputs]))
+    found = refit_(model, inputs[inputs[:, 0].argsort()].split(size), {"0": 6, "3": 5, "6": 5, "9": 3})
+    assert found.errors["9"] == pytest.approx(misfit(centred(outputs(model, [inputs])), wanted), abs=1e-6)
+
+
+class Twins(nn.Module):
+    """An encoder that takes two inputs, one after the other."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.encoder = normed_mlp(seed)
+
+    def forward(self, x):
+        return torch.cat([self.encoder(x[:, :12]), self.encoder(x[:, 12:])], 1)
+
+
+@trusted
+def test_norms_of_an_encoder_that_is_called_twice_follow():
+    twins, inputs = Twins(0), torch.cat([correlated(80, 12, 0), correlated(80, 12, 0)], 1)
+    alone = normed_mlp(0)
+    choices = {"0": 6, "3": 5, "6": 5, "9": 3}
+    found, _ = look(alone, [inputs[:, :12]], choices)
+    twice, _ = look(twins, [inputs], {f"encoder.{name}": rank for name, rank in choices.items()})
+    norms = [
+        (one.running_var, another.running_var)
+        for one, another in zip(alone, twins.encoder, strict=True)
+        if isinstance(one, nn.BatchNorm1d)
+    ]
+    assert len(norms) == 3
+    moved = {id(buffer): values for buffer, values in found.norms.statistics()}
+    moved_twice = {id(buffer): values for buffer, values in twice.norms.statistics()}
+    for own, other in norms:
+        assert not torch.allclose(moved_twice[id(other)], other, atol=1e-3)
+        assert torch.allclose(moved_twice[id(other)], moved[id(own)], atol=1e-7)
+
+
+def test_what_does_not_vary_says_nothing_of_ranks():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.time = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16))
+            self.inside, self.outside = nn.Linear(16, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            time = self.time(torch.linspace(0.3, 0.9, 16).expand(len(x), 16))
+            return self.outside(torch.relu(self.inside(x + time)))
+
+    model = fill_(Conditioned(), 0)
+    plan = plan_compression(model, 0.3, calibration=[randn(90, 16, seed=one, dtype=torch.float32) for one in range(2)])
+    alone = plan_compression(model, 0.3)
+    for name in ("time.0", "time.2"):
+        options, others = plan[name].options, alone[name].options
+        assert all(torch.equal(options[scheme].losses, others[scheme].losses) for scheme in others)
+    assert plan.ratio == pytest.approx(0.3, abs=0.03)

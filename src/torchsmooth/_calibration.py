@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +12,10 @@ from ._batches import collect, run
 from ._layers import KINDS, weight_of
 from ._matricise import channel_view
 from ._moments import Moments, input_rows
-from ._norms import norms_of
 from ._progress import progress
 from ._ranks import ALONE
 from ._running import check_not_mapped, observing
+from ._traffic import hook_first, watcher_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ._ranks import Team
+    from ._traffic import Traffic
 
 # Inputs wider than this are not whitened: their moment has that many rows and columns, in float64.
 WIDEST = 8192
@@ -33,26 +32,6 @@ _AT_ONCE = 1 << 30
 
 TOO_WIDE = f"not calibrated: its input is wider than {WIDEST:,}"
 NOT_REACHED = "not calibrated: never called on the data"
-
-
-@dataclass
-class Traffic:
-    """How the batches go through one layer.
-
-    Attributes:
-        calls: how often it is called, for each batch.
-        order: its place among the layers, by the first call.
-        normed: whether a BatchNorm takes each output, so that its mean does not matter.
-    """
-
-    calls: list[int] = field(default_factory=list)
-    order: int = -1
-    normed: bool = True
-
-    @property
-    def reached(self) -> bool:
-        """Whether any batch comes here."""
-        return self.order >= 0
 
 
 class Calibration:
@@ -92,10 +71,11 @@ class Calibration:
             moments: whether to gather moments at all; of layers that are not calibrated none are.
         """
         for group in _groups(layers) if moments else [dict(layers)]:
-            traffic = {name: Traffic() for name in group}
             gathered = {name: Moments() for name in group}
             names = {module: name for name, module in group.items()}
-            with running(model) as begin, _watching(model, names, traffic) as seen:
+            watcher = watcher_of(model, names)
+            traffic = watcher.traffic
+            with running(model) as begin, watcher.attached():
 
                 def gather(module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
                     name = names[module]  # noqa: B023 - called in this turn of the loop only
@@ -110,23 +90,12 @@ class Calibration:
                         stack.callback(hook_first(module, gather))
                     for index, batch in enumerate(progress(self.batches, "calibrating", enabled=self.show)):
                         begin(index)
-                        seen.clear()
-                        for one in traffic.values():
-                            one.calls.append(0)
-                        run(model, batch)
-            _unite(traffic, self.team)
+                        watcher.begin()
+                        watcher.returned(run(model, batch))
+            watcher.finish(self.team)
             for name, module in group.items() if moments else ():
                 gathered[name].unite(self.team, weight_of(module).device)
             yield {name: (traffic[name], gathered.pop(name)) for name in group}
-
-
-def _unite(traffic: Mapping[str, Traffic], team: Team) -> None:
-    """Let the layers' order, and whether norms follow them, be what it is on all ranks together."""
-    everywhere = team.gather({name: (one.order, one.normed) for name, one in traffic.items()})
-    for name, one in traffic.items():
-        reached = [there[name] for there in everywhere if there[name][0] >= 0]
-        if reached:
-            one.order, one.normed = min(order for order, _ in reached), all(normed for _, normed in reached)
 
 
 @contextmanager
@@ -148,44 +117,6 @@ def running(model: nn.Module) -> Iterator[Callable[[int], bool]]:
             yield begin
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def _watching(
-    model: nn.Module, names: Mapping[nn.Module, str], traffic: Mapping[str, Traffic]
-) -> Iterator[dict[int, Any]]:
-    """Note the calls of layers, and which of their outputs goes straight into a BatchNorm."""
-    # Outputs of layers that nobody has taken yet in this run, by identity; dead ones are of no use to a norm.
-    untaken: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-    order = iter(range(len(names)))
-
-    def called(module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
-        one = traffic[names[module]]
-        if not one.reached:
-            one.order = next(order)
-        one.calls[-1] += 1
-        untaken[id(output)] = weakref.ref(output), names[module]
-
-    def taken(_norm: nn.Module, args: Any, kwargs: Any) -> None:
-        given = args[0] if args else kwargs["input"]
-        reference, name = untaken.pop(id(given), (None, ""))
-        if reference is not None and reference() is given:
-            counts[name] = counts.get(name, 0) + 1
-
-    counts: dict[str, int] = {}
-    with ExitStack() as stack:
-        for module in names:
-            stack.callback(hook_first(module, called))
-        for norm in norms_of(model).values():
-            stack.callback(norm.register_forward_pre_hook(taken, with_kwargs=True).remove)
-        yield untaken
-    for name, one in traffic.items():
-        one.normed = one.reached and counts.get(name, 0) == sum(one.calls)
-
-
-def hook_first(module: nn.Module, hook: Callable[[nn.Module, Any, Any, Tensor], None]) -> Callable[[], None]:
-    """Have a module's own output noted, before hooks of the user change it; returns what takes the hook off again."""
-    return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove
 
 
 def width_of(layer: nn.Module) -> int:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ._ranks import Team
 
 POSITIONS = 32
+# Of the square of the mean: what varies by less is the same number each time, but for the rounding of the mean.
+_CONSTANT = 1e-28
 
 
 class Moments:
@@ -112,10 +114,13 @@ class Moments:
             self.outputs_mean = self.outputs_mean + bias
 
     def inner(self, *, centred: bool) -> Tensor:
-        """Return E[x xᵀ] ``(groups, n, n)``, of the deviations from the mean if ``centred``."""
+        """Return E[x xᵀ] ``(groups, n, n)``, of the deviations from the mean if ``centred``; zero if none vary."""
         mean = self.inputs_mean
         inner = self._inner / self.count
-        return inner if centred else inner + mean.unsqueeze(2) * mean.unsqueeze(1)
+        if centred:
+            varies = inner.diagonal(dim1=-2, dim2=-1).sum(-1) > _CONSTANT * mean.square().sum(-1)
+            return inner * varies[:, None, None]
+        return inner + mean.unsqueeze(2) * mean.unsqueeze(1)
 
     def cross(self, *, centred: bool) -> Tensor:
         """Return E[y xᵀ] ``(groups, m, n)``."""

@@ -20,7 +20,7 @@ from ._linalg import clamped, working_copy
 from ._ranks import ALONE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ._ranks import Team
 
@@ -57,8 +57,9 @@ class Spread:
         return Spread(count, self.mean + share * step, variance)
 
 
+Norm: TypeAlias = _BatchNorm
 # What a batch looks like at norms, call by call.
-Seen: TypeAlias = dict[_BatchNorm, list[Spread]]
+Seen: TypeAlias = dict[Norm, list[Spread]]
 
 
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -85,12 +86,15 @@ class FollowingNorms:
     Args:
         model: the dense network; nothing of it is changed.
         team: the ranks that run batches of their own through it.
+
+    Attributes:
+        names: the qualified name of each of the norms.
     """
 
     def __init__(self, model: nn.Module, team: Team = ALONE) -> None:
         self._team = team
-        self._names = {norm: name for name, norm in norms_of(model).items()}
-        self._norms = list(self._names)
+        self.names = {norm: name for name, norm in norms_of(model).items()}
+        self._norms = list(self.names)
         self._dense = {norm: (_buffer(norm, "mean"), _buffer(norm, "var")) for norm in self._norms}
         # Statistics of the compressed network; those of norms it has not yet come to are still the dense network's.
         self._statistics = {norm: (mean.clone(), variance.clone()) for norm, (mean, variance) in self._dense.items()}
@@ -110,16 +114,21 @@ class FollowingNorms:
         def note(norm: Any, args: Any, kwargs: Any) -> None:
             seen.setdefault(norm, []).append(Spread.of(args[0] if args else kwargs["input"]))
 
-        with self._hooked(note):
+        with _hooked(self.unsettled, note):
             yield seen
 
     @contextmanager
-    def in_place(self, seen: Seen) -> Iterator[None]:
-        """Let the model's norms use the statistics of the compressed network, and find those that are not settled.
+    def in_place(self, seen: Seen, finding: Sequence[_BatchNorm] | None = None) -> Iterator[None]:
+        """Let the model's norms use the statistics of the compressed network, and find some of them.
+
+        While they are found for the first time, each batch is matched by itself, so that what comes behind a norm is
+        about right. Settled ones are found again with all statistics as they are.
 
         Args:
             seen: what the same batch looks like in the dense network.
+            finding: norms whose statistics are to be found; by default those that are not settled.
         """
+        norms = self.unsettled if finding is None else finding
         met: dict[_BatchNorm, int] = {}
 
         def match(norm: Any, args: Any, kwargs: Any) -> None:
@@ -129,7 +138,8 @@ class FollowingNorms:
             if call >= len(dense):  # the two networks have gone different ways
                 return
             here = Spread.of(args[0] if args else kwargs["input"])
-            self._set(norm, dense[call], here)
+            if norm not in self._settled:
+                self._set(norm, dense[call], here)
             totals = self._totals.get(norm)
             self._totals[norm] = dense[call].merged(totals and totals[0]), here.merged(totals and totals[1])
 
@@ -137,7 +147,7 @@ class FollowingNorms:
         try:
             for norm in self._norms:
                 norm._buffers["running_mean"], norm._buffers["running_var"] = self._statistics[norm]
-            with self._hooked(match):
+            with _hooked(norms, match):
                 yield
         finally:
             for norm, buffers in kept:
@@ -153,7 +163,7 @@ class FollowingNorms:
             self._set(norm, dense, here)
             if not all(bool(one.isfinite().all()) for one in self._statistics[norm]):
                 raise ValueError(
-                    f"calibration brings NaN or infinite values to BatchNorm layer {self._names[norm]!r}: look at the "
+                    f"calibration brings NaN or infinite values to BatchNorm layer {self.names[norm]!r}: look at the "
                     "inputs, and at the layers before it."
                 )
             self._settled.add(norm)
@@ -183,13 +193,6 @@ class FollowingNorms:
             for pair in zip(self._dense[norm], self._statistics[norm], strict=True)
         ]
 
-    @contextmanager
-    def _hooked(self, hook: Any) -> Iterator[None]:
-        with ExitStack() as stack:
-            for norm in self.unsettled:
-                stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
-
     def _set(self, norm: _BatchNorm, dense: Spread, here: Spread) -> None:
         if not dense.count or not here.count:
             return
@@ -206,6 +209,14 @@ class FollowingNorms:
         new_mean = mean * scale.sqrt() + (here.mean - dense.mean * scale.sqrt())
         for target, values in zip(self._statistics[norm], (new_mean, new_variance), strict=True):
             target.copy_(clamped(values, target.dtype))
+
+
+@contextmanager
+def _hooked(norms: Sequence[_BatchNorm], hook: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def _buffer(norm: nn.Module, kind: str) -> Tensor:

@@ -191,12 +191,17 @@ def output_losses(
         inner: the second moment of its patches, ``(groups, n, n)``.
         importance: what squared relative errors at the output are multiplied with to become losses.
 
+    Returns:
+        The losses, for each scheme; those that the options have already if the data says nothing, as nothing varies.
+
     Raises:
         ValueError: if the moment is not finite or cannot be decomposed; the message names the layer.
     """
     check_moments(name, inner)
     try:
         output = Output(working_copy(weight), inner)
+        if output.energy == 0:
+            return {scheme: one.losses for scheme, one in options.items()}
         losses = {scheme: _output_errors(one.matricisation, output) for scheme, one in options.items()}
     except LinAlgError as error:
         raise undecomposed(name, error) from error

@@ -32,9 +32,10 @@ from ._whitening import damped, target_weight
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ._calibration import Calibration, Traffic
+    from ._calibration import Calibration
     from ._lowrank_layer import LowRankLayer
     from ._moments import Moments
+    from ._traffic import Traffic
     from ._undo import Undo
 
 # How much the layer's own weight counts beside the data, as a share of the mean energy of its inputs. It matters where

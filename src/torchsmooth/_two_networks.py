@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ._batches import run
-from ._calibration import hook_first, running
+from ._calibration import running
 from ._finished import FinishedParts
 from ._layers import weight_of
 from ._moments import Moments, input_rows, output_rows
 from ._progress import progress
+from ._traffic import hook_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from ._calibration import Calibration, Traffic
+    from ._calibration import Calibration
     from ._lowrank_layer import LowRankLayer
-    from ._norms import FollowingNorms, Seen
+    from ._norms import FollowingNorms, Norm, Seen
+    from ._traffic import Traffic
 
 # Bytes of outputs that one run of the dense network notes at most, unless a single layer puts out more.
 _AHEAD = 1 << 30
@@ -75,6 +77,7 @@ class TwoNetworks:
         if not reuse:
             self._finished.give_up()
         self._noted: dict[int, _Noted] = {}
+        self._looked_for: set[str] = set()  # norms
         self._places = [
             (parent, name, child)
             for parent in model.modules()
@@ -100,6 +103,7 @@ class TwoNetworks:
         with running(self.model) as begin:
             if not any(module in noted.outputs for noted in self._noted.values()):
                 self._note_dense(begin, [module, *following])
+            self._settle_norms_before(begin, module)
             used, is_different = self._finished.used, False
             for index, noted in self._noted.items():
                 if module not in noted.outputs:
@@ -112,22 +116,42 @@ class TwoNetworks:
                     moments.add(given, output)
         if not following and any(self.calibration.team.gather(is_different)):
             raise DifferentError
-        self.norms.settle()
         moments.unite(self.calibration.team, weight_of(module).device)
         return moments
 
     def run_through(self) -> None:
         """Run both networks to the end, for the norms after the last layer."""
+        norms = self.norms.unsettled
+        seen: dict[int, Seen] = {}
         with running(self.model) as begin:
-            batches = progress(self.calibration.batches, "settling norms", enabled=self.calibration.show)
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(self.calibration.batches):
                 begin(index)
-                with self.norms.watching_dense() as seen:
+                with self.norms.watching_dense() as seen[index]:
                     run(self.model, batch)
-                begin(index)
-                with self._compressed(index, seen):
-                    run(self.model, batch)
-        self.norms.settle()
+            self._settle(begin, norms, seen, {})
+
+    def _settle_norms_before(self, begin: Callable[[int], bool], module: nn.Module) -> None:
+        """Find the statistics of the norms between the layers that are done and a layer."""
+        before = self.traffic[module].norms
+        norms = [one for one in self.norms.unsettled if self.norms.names[one] in before - self._looked_for]
+        self._looked_for.update(before)
+        calls = self.traffic[module].calls
+        until = {index: {module: calls[index]} for index in self._noted}
+        self._settle(begin, norms, {index: noted.norms for index, noted in self._noted.items()}, until)
+
+    def _settle(
+        self,
+        begin: Callable[[int], bool],
+        norms: Sequence[Norm],
+        seen: Mapping[int, Seen],
+        until: Mapping[int, Mapping[nn.Module, int]],
+    ) -> None:
+        # Of several, the later ones get what the earlier ones let through, which is right only when those are known.
+        for _ in range(min(len(norms), 2)):
+            for index in progress(seen, "settling norms", enabled=False if until else self.calibration.show):
+                if any(norm in seen[index] for norm in norms):
+                    self._run_compressed(begin, index, seen[index], until.get(index, {}), finding=norms)
+            self.norms.settle()
 
     def _note_dense(self, begin: Callable[[int], bool], layers: list[nn.Module]) -> None:
         """Run the dense network as far as there is room to note what the layers put out: at least through the first."""
@@ -167,16 +191,29 @@ class TwoNetworks:
             # The compressed network may send a layer other rows; what the dense layer makes of those is known, too.
             pairs.append((rows, outputs[call] if is_alike else output_rows(layer, own, index)))
 
+        until = {module: self.traffic[module].calls[index]}
+        self._run_compressed(begin, index, noted.norms, until, note, reuse=reuse)
+        return pairs
+
+    def _run_compressed(
+        self,
+        begin: Callable[[int], bool],
+        index: int,
+        seen: Seen,
+        until: Mapping[nn.Module, int],
+        note: Callable[[nn.Module, Tensor, Tensor], None] = lambda *_: None,
+        finding: Sequence[Norm] = (),
+        *,
+        reuse: bool = True,
+    ) -> None:
         begin(index)
-        calls = {module: self.traffic[module].calls[index]}
-        with self._compressed(index, noted.norms, reuse=reuse), _until(calls, note):
+        with self._compressed(index, seen, finding, reuse=reuse), _until(until, note):
             _run_until_reached(self.model, self.calibration.batches[index])
         if begin(index):  # it keeps something from one call to the next, which parts left out would not see to
             self._finished.give_up()
-        return pairs
 
     @contextmanager
-    def _compressed(self, index: int, seen: Seen, *, reuse: bool = True) -> Iterator[None]:
+    def _compressed(self, index: int, seen: Seen, finding: Sequence[Norm], *, reuse: bool) -> Iterator[None]:
         """Make the model the compressed network, as far as that has come, for one batch."""
         kept = {}
         try:
@@ -188,8 +225,8 @@ class TwoNetworks:
             for parent, name, child in self._places:
                 if child in self.done:
                     parent._modules[name] = self.replacements[child]
-            unfinished = [*(one for one in self.replacements if one not in self.done), *self.norms.unsettled]
-            with self.norms.in_place(seen):
+            unfinished = {*(one for one in self.replacements if one not in self.done), *self.norms.unsettled, *finding}
+            with self.norms.in_place(seen, finding):
                 if reuse:
                     with self._finished.in_place(index, unfinished):
                         yield

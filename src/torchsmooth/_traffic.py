@@ -1,0 +1,201 @@
+"""How batches go through the layers of a model: how often, in which order, and where what comes out goes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._norms import norms_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+
+    from ._ranks import Team
+
+
+@dataclass
+class Traffic:
+    """How the batches go through one layer.
+
+    Attributes:
+        calls: how often it is called, for each batch of this rank.
+        order: its place among the layers and norms, by the first call.
+        normed: whether a BatchNorm takes each output and nothing else does, so that its mean does not matter.
+        norms: names of the BatchNorm layers that batches come to before they first come here.
+    """
+
+    calls: list[int] = field(default_factory=list)
+    order: int = -1
+    normed: bool = True
+    norms: frozenset[str] = frozenset()
+
+    @property
+    def reached(self) -> bool:
+        """Whether any batch comes here."""
+        return self.order >= 0
+
+
+@dataclass
+class _Output:
+    """What a layer put out, and whether a norm took it."""
+
+    reference: weakref.ref[Tensor]
+    layer: str
+    taken: bool = False
+
+
+class Watcher:
+    """Notes the traffic of layers while batches run.
+
+    Attributes:
+        traffic: that of each layer, by name; order and norms are there at the end.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str], norms: Mapping[str, nn.Module]) -> None:
+        self.traffic = {name: Traffic() for name in names.values()}
+        self._names, self._norms = names, norms
+        self._sequence: list[str] = []  # of the batch that runs
+        self._order: list[str] = []
+        self._outputs: dict[int, _Output] = {}  # of layers in this run, by identity
+        self._taking: list[int] = []  # what norms that are running were given
+        self._taken: dict[str, int] = {}  # outputs of each layer that norms took
+        self._used: set[str] = set()  # layers with outputs that anything else took
+
+    def begin(self) -> None:
+        """Begin with the next batch."""
+        self._end()
+        for one in self.traffic.values():
+            one.calls.append(0)
+
+    def returned(self, output: Any) -> None:
+        """Note what the model returned: that is used outside."""
+        for tensor in _tensors_in(output):
+            self._use(tensor)
+
+    @contextmanager
+    def attached(self) -> Iterator[Watcher]:
+        """Watch what runs."""
+        with ExitStack() as stack:
+            for module in self._names:
+                stack.callback(hook_first(module, self._called))
+            for name, norm in self._norms.items():
+
+                def begin(_norm: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                    self._note(name)
+                    self._taking.append(id(args[0] if args else kwargs["input"]))
+
+                def end(_norm: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+                    given = args[0] if args else kwargs["input"]
+                    self._taking.remove(id(given))
+                    output = self._output(given)
+                    if output is not None and not output.taken:
+                        output.taken = True
+                        self._taken[output.layer] = self._taken.get(output.layer, 0) + 1
+
+                stack.callback(norm.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                stack.callback(hook_first(norm, end))
+            stack.enter_context(_Uses(self._use) if self._norms else nullcontext())
+            yield self
+
+    def finish(self, team: Team) -> None:
+        """Settle order and norms, for all ranks together."""
+        self._end()
+        order: list[str] = []
+        for sequence in team.gather(self._order):
+            _merge_(order, sequence)
+        everywhere = team.gather({name: self._is_normed(name) for name in self.traffic})
+        before: set[str] = set()
+        for place, name in enumerate(order):
+            if name in self.traffic:
+                one = self.traffic[name]
+                one.order, one.norms = place, frozenset(before)
+                # Of ranks where no batch comes to it nothing is said.
+                one.normed = all(there[name] is not False for there in everywhere)
+            else:
+                before.add(name)
+
+    def _is_normed(self, name: str) -> bool | None:
+        calls = sum(self.traffic[name].calls)
+        return name not in self._used and self._taken.get(name, 0) == calls if calls else None
+
+    def _end(self) -> None:
+        _merge_(self._order, self._sequence)
+        self._sequence, self._outputs, self._taking = [], {}, []
+
+    def _note(self, name: str) -> None:
+        if name not in self._sequence:
+            self._sequence.append(name)
+
+    def _called(self, module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
+        name = self._names[module]
+        self._note(name)
+        self.traffic[name].calls[-1] += 1
+        self._outputs[id(output)] = _Output(weakref.ref(output), name)
+
+    def _output(self, tensor: Tensor) -> _Output | None:
+        found = self._outputs.get(id(tensor))
+        return found if found is not None and found.reference() is tensor else None  # dead ones leave their identity
+
+    def _use(self, tensor: Tensor) -> None:
+        output = None if id(tensor) in self._taking else self._output(tensor)
+        if output is not None:
+            self._used.add(output.layer)
+
+
+class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells of each tensor that an operation is given."""
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors_in((args, kwargs)):
+            self._tell(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors_in(one)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _tensors_in(one)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from _tensors_in(vars(value))
+
+
+def _merge_(order: list[str], sequence: Sequence[str]) -> None:
+    """Put names that an order lacks into it, each behind the one that it follows in a sequence."""
+    known = set(order)
+    if known.issuperset(sequence):
+        return
+    place = 0
+    for name in sequence:
+        if name in known:
+            place = max(place, order.index(name) + 1)
+        else:
+            order.insert(place, name)
+            known.add(name)
+            place += 1
+
+
+def hook_first(module: nn.Module, hook: Callable[[nn.Module, Any, Any, Tensor], None]) -> Callable[[], None]:
+    """Have a module's own output noted, before hooks of the user change it; returns what takes the hook off again."""
+    return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove
+
+
+def watcher_of(model: nn.Module, names: Mapping[nn.Module, str]) -> Watcher:
+    """Make what watches the layers of a model, and its norms."""
+    return Watcher(names, norms_of(model))
