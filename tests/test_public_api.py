@@ -332,6 +332,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_random_state",
         "_running",
         "_timing",
+        "_counting",
         "_macs",
         "_latency",
         "_targets",

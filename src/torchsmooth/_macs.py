@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,17 +18,22 @@ from ._running import check_not_mapped, observing
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ._counting import Counter
     from ._running import Inputs
 
 
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
-    """Count the multiply-accumulates of a model, half of what torch's own counter calls floating-point operations."""
-    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 - it may log that triton is not there
+    """Count the multiply-accumulates of a model."""
+    return _counted(model, inputs).macs
 
-    counter = FlopCounterMode(display=False)
+
+def _counted(model: nn.Module, inputs: Inputs) -> Counter:
+    from ._counting import Counter  # noqa: PLC0415 - torch may log that triton is not there
+
+    counter = Counter()
     with observing(model), _no_fused_layers(), counter:
         inputs.run(model)
-    return int(counter.get_total_flops()) // 2
+    return counter
 
 
 def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Module]) -> tuple[int, dict[str, Positions]]:
@@ -40,6 +46,9 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
 
     Returns:
         The count, and the positions of each layer, all calls together; zero for a layer that is never called.
+
+    Warns:
+        UserWarning: naming operators of other libraries that the count leaves out.
     """
     found = dict.fromkeys(layers, Positions())
 
@@ -52,8 +61,16 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
         for name, module in layers.items():
             handle = module.register_forward_hook(partial(note, name), with_kwargs=True)
             stack.callback(handle.remove)
-        total = count_macs(model, inputs)
-    return total, found
+        counter = _counted(model, inputs)
+    if counter.passed_by:
+        warnings.warn(
+            f"no multiply-accumulates of {', '.join(sorted(counter.passed_by))} are counted in this "
+            f"{type(model).__name__}: torch knows no formula for that. Give it one by "
+            "torch.utils.flop_counter.register_flop_formula, or take the ratio as that of everything else.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return counter.macs, found
 
 
 def _positions(module: nn.Module, given: Tensor, output: Tensor) -> Positions:

@@ -65,8 +65,9 @@ def plan_compression(
             multiply-accumulates but no time.
         allocation: ``"budget"`` as above, or ``"uniform"``: each layer keeps the same fraction of its own cost.
         target: what the ratio is a fraction of: ``"params"``; ``"macs"``, the multiply-accumulates for the example
-            inputs, counted exactly; or ``"latency"``, the time they take on the model's device, measured for each layer
-            at a few ranks, alone, without gradients in eval mode.
+            inputs, counted exactly, attention and recurrent layers included (operators of other libraries are left out,
+            with a warning); or ``"latency"``, the time they take on the model's device, measured for each layer at a
+            few ranks, alone, without gradients in eval mode.
         example_inputs: for the last two: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
             the device of the model. The model is run on them and comes out as it was.
         rank_multiple: only ranks that are multiples of this are considered, at least 1. None: all of them for
