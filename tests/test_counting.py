@@ -248,6 +248,47 @@ def test_what_this_library_fuses_is_counted_as_its_two_products():
     assert convolved == sum(by_hand.convolution(2, channels, 1, size, [7, 7]) for channels, size in kernels)
 
 
+# Views of what requires gradients
+
+
+VIEWS = {
+    "expanded": lambda one, count: one.expand(count, -1, -1),
+    "squeezed": lambda one, _: one.squeeze(0),
+    "indexed": lambda one, _: one[0],
+    "repeated": lambda one, count: one.repeat(count, 1, 1),
+    "as it is": lambda one, _: one,
+}
+
+
+class Queries(nn.Module):
+    """Learned queries, given to a layer beside the inputs."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view, self.queries = view, nn.Parameter(zeros(1, 6, 24))
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, inputs):
+        return self.first(self.view(self.queries, len(inputs))) + self.second(inputs[:])
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_views_of_parameters_and_of_inputs_with_gradients_may_go_into_layers(view, frozen, wanted):
+    model = fill_(Queries(view), 0)
+    model.first.requires_grad_(not frozen)
+    inputs = randn(3, 6, 24, seed=0, dtype=torch.float32).requires_grad_(wanted)
+    before = snapshot(model)
+    plan = plan_compression(model, 0.3, target="macs", example_inputs=inputs)
+    assert same(snapshot(model), before)
+    assert [one.requires_grad for one in model.parameters()] == [True] + [not frozen] * 2 + [True] * 2
+    rows = 6 * len(view(model.queries, 3)) if view(model.queries, 3).dim() == 3 else 6
+    assert plan.macs_before == by_hand.product(rows, 24, 24) + by_hand.product(3 * 6, 24, 24)
+    report = plan.apply_(model, inputs)
+    assert report.macs_after == plan.macs_after <= 0.7 * plan.macs_before
+
+
 def test_a_count_that_is_interrupted_leaves_no_counter_behind():
     def interrupt(given):
         raise KeyboardInterrupt

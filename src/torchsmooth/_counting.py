@@ -36,6 +36,7 @@ class Counter(FlopCounterMode):
         for one, formula in [*self.flop_registry.items()]:
             if isinstance(one, torch._ops.OpOverload):
                 self.flop_registry.setdefault(one._overloadpacket, formula)
+        self.mod_tracker: Any = _Everywhere()
         self.passed_by: set[str] = set()
 
     @property
@@ -47,6 +48,22 @@ class Counter(FlopCounterMode):
         if func_packet not in self.flop_registry and _may_multiply(func_packet, [*args, *kwargs.values()]):
             self.passed_by.add(str(func_packet))
         return super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+class _Everywhere:
+    """Takes the place of what tells torch's counter in which module it is.
+
+    That fails on models which hand a view of a parameter to a module: made without gradients, it says that it requires
+    one, and has no function for it.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _may_multiply(operator: Any, given: Sequence[Any]) -> bool:
