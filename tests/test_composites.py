@@ -7,10 +7,13 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from tests.networks import same, snapshot
-from tests.strategies import fill_, randn
+from tests.reference import multiply_accumulates as by_hand
+from tests.strategies import fill_, randn, seeds
 from torchsmooth import (
     LowRankGRUCell,
     LowRankLinear,
@@ -144,7 +147,7 @@ def test_multiply_accumulates_are_those_of_torch_itself():
     assert same(snapshot(model), before)
     report = plan.apply_(model, TOKENS)
     assert report.macs_after <= 0.8 * report.macs_before
-    assert report["lstm.ih_l0"].reason == "never called on the example inputs"
+    assert report["lstm.ih_l0"].reason == "part of a fused recurrent layer: low rank makes it smaller, not faster"
     assert isinstance(model.lstm, nn.LSTM)
     assert not isinstance(model.lstm, LowRankLSTM)
 
@@ -165,3 +168,47 @@ def test_attention_that_is_more_than_its_type_stays_whole():
     assert report["attention"].reason == "its forward was replaced on this instance"
     assert report["lstm"].reason == "this LSTM cannot be taken apart: it has more than its weights and biases: 'more'"
     assert report["encoder.layers.0.self_attn"].reason.endswith("inside is parametrized (remove that first)")
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer that runs as a whole, between two linear layers, and one that nobody calls."""
+
+    def __init__(self, kind, layers, both):
+        super().__init__()
+        self.before, self.idle = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.steps = getattr(nn, kind)(32, 24, layers, bidirectional=both, batch_first=True)
+        self.after = nn.Linear(24 * (1 + both), 32)
+
+    def forward(self, tokens):
+        return self.after(self.steps(self.before(tokens))[0])
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(["RNN", "GRU", "LSTM"]), st.integers(1, 2), st.booleans(), seeds)
+def test_parts_that_run_as_one_are_not_said_to_be_never_called(kind, layers, both, seed):
+    model = fill_(Recurrent(kind, layers, both), seed).eval()
+    whole = plan_compression(model, 0.01, target="macs", example_inputs=TOKENS)
+    steps = by_hand.recurrent(kind, (32, 24), [7] * 3, layers, 1 + both)
+    linear = [one.weight.numel() for one in (model.before, model.after)]
+    assert whole.macs_before == steps + 3 * 7 * sum(linear)
+    assert [one.prices.dense for one in (whole["before"], whole["after"])] == [3 * 7 * one for one in linear]
+    calibrated = svd_compress_(copy.deepcopy(model), 0.5, calibration=[TOKENS], rank_multiple=1)
+    parts = {one.name: one for one in whole if one.name.startswith("steps.")}
+    assert len(parts) == 2 * layers * (1 + both)
+    for name, part in parts.items():
+        assert part.reason == "part of a fused recurrent layer: low rank makes it smaller, not faster"
+        assert (
+            calibrated[name].rank is None or calibrated[name].note == "not calibrated: part of a fused recurrent layer"
+        )
+    assert whole["idle"].reason == "never called on the example inputs"
+    assert calibrated["idle"].note in ("", "not calibrated: never called on the data")
+
+
+def test_parts_that_run_as_one_are_no_choice_in_a_budget_of_time(monkeypatch):
+    monkeypatch.setattr(
+        "torchsmooth._timing.seconds", lambda call, device, repeats: 1e-3 * (call.func.__name__ == "run") + 1e-3
+    )
+    with pytest.raises(ValueError, match="can be made smaller") as caught:
+        plan_compression(fill_(Recurrent("LSTM", 1, False), 0), 0.3, target="latency", example_inputs=TOKENS)
+    assert "idle: never called on the example inputs" in str(caught.value)
+    assert "steps.ih_l0: part of a fused recurrent layer" in str(caught.value)

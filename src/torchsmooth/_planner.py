@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ._budget import uniformly, within_budget, within_error
 from ._fine_ranks import raise_pairs
 from ._ranks import ALONE
-from ._targets import NOT_REACHED, WORDS
+from ._targets import UNPRICED, WORDS
 from ._terms import SUITED
 from .plan import CompressionPlan
 
@@ -85,7 +85,7 @@ class Planner:
     ) -> list[tuple[Choice | None, str]]:
         """Make the choices of some layers, and return them, or why there is none."""
         terms = self.terms
-        candidates = [layer for layer in layers if layer.options and layer.reason != NOT_REACHED]
+        candidates = [layer for layer in layers if layer.options and layer.reason not in UNPRICED]
         what: Literal["losses", "errors"] = "losses" if max_error is None else "errors"
         choices = [layer.choices(what, terms.multiple) for layer in candidates]
         frontiers = [frontier for frontier, _ in choices]

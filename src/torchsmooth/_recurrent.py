@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _SETTINGS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional")
 _MORE_SETTINGS = ("mode", "dropout", "proj_size", "nonlinearity")  # the last of nn.RNN alone
+# What to say of a layer that runs, and is never called.
+FUSED = "part of a fused recurrent layer"
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
@@ -110,6 +112,11 @@ class LowRankRecurrent(nn.RNNBase):
 
     def _replicate_for_data_parallel(self) -> Any:
         return nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+
+
+def fused_parts(model: nn.Module) -> set[nn.Module]:
+    """Return the layers whose weights are given to a kernel that computes many of them at once."""
+    return {part for one in model.modules() if isinstance(one, nn.RNNBase) for part in one.children()}
 
 
 def why_recurrent_stays(layer: nn.RNNBase) -> str:

@@ -25,6 +25,7 @@ from ._matricise import channel_view
 from ._moments import check_moments
 from ._norms import FollowingNorms
 from ._progress import progress
+from ._recurrent import FUSED, fused_parts
 from ._sharing import Sharing
 from ._two_networks import DifferentError, TwoNetworks
 from ._whitening import damped, target_weight
@@ -49,7 +50,7 @@ _DOUBT = 0.3
 _LIKENESS = 0.3
 
 NO_ROWS = "not calibrated: no data reaches it in the compressed network"
-FUSED = "not calibrated: part of a fused recurrent layer"
+FUSED_PART = f"not calibrated: {FUSED}"
 UNLIKE = (
     "fitted to its own outputs: what reaches it has little in common with what does in the dense network (other rows, "
     "or too much was lost before it)"
@@ -148,8 +149,9 @@ def _refit(
         work.done.add(module)
         refitted.notes[names[module]] = note
 
+    fused = fused_parts(model)
     reasons = {
-        one: why_uncalibrated(one) if traffic[one].reached else FUSED if work.is_fused(one) else NOT_REACHED
+        one: why_uncalibrated(one) if traffic[one].reached else FUSED_PART if one in fused else NOT_REACHED
         for one in replacements
     }
     for module, why in reasons.items():

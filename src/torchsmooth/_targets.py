@@ -10,6 +10,7 @@ from ._latency import measure_times
 from ._layers import KINDS
 from ._macs import observe_macs
 from ._prices import MacPrices
+from ._recurrent import FUSED, fused_parts
 from ._running import as_inputs
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ WORDS: dict[Target, Words] = {
 }
 
 NOT_REACHED = "never called on the example inputs"
+FUSED_PART = f"{FUSED}: low rank makes it smaller, not faster"
+# Of layers that were not seen at work, so that nothing is known of what their ranks cost.
+UNPRICED = (NOT_REACHED, FUSED_PART)
 
 
 def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
@@ -75,16 +79,17 @@ def price_(
     """Set the prices of the layers that can be compressed, and return what the whole model costs."""
     if target == "params" or inputs is None:
         return parameters
+    fused = fused_parts(model)
     if target == "macs":
         whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
         for name, (layer, module) in candidates.items():
             layer.prices = MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
             if not found[name].outputs:
-                layer.reason = NOT_REACHED
+                layer.reason = FUSED_PART if module in fused else NOT_REACHED
     else:
         whole, times = measure_times(model, inputs, candidates, multiple=multiple, show=show)
-        for name, (layer, _) in candidates.items():
+        for name, (layer, module) in candidates.items():
             layer.prices = times[name]
             if not layer.prices.dense:
-                layer.reason = NOT_REACHED
+                layer.reason = FUSED_PART if module in fused else NOT_REACHED
     return whole

@@ -85,10 +85,6 @@ class TwoNetworks:
             if child is not None and child in replacements
         ]
 
-    def is_fused(self, module: nn.Module) -> bool:
-        """Say whether a layer is part of one that torch computes as a whole, without calling it."""
-        return any(child is module and isinstance(parent, nn.RNNBase) for parent, _, child in self._places)
-
     def moments_at(self, module: nn.Module, following: Sequence[nn.Module]) -> Moments:
         """Pair what reaches a layer in the compressed network with what leaves it in the dense one.
 
