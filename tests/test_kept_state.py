@@ -204,6 +204,34 @@ def test_what_a_model_keeps_is_put_back(look):
     assert is_as(model, before)
 
 
+class Nested(nn.Module):
+    """Keeps what it saw in containers inside of containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.table = {"seen": [([],), {0: {1}}], "more": (deque(), {})}
+
+    def forward(self, x):
+        (first,), by_number = self.table["seen"]
+        first.append(x)
+        by_number[0].add(x)
+        by_number[1] = x
+        self.table["more"][0].append(x)
+        self.table["more"][1]["late"] = [x]
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_so_is_what_containers_inside_of_containers_hold(look):
+    model = fill_(Nested(), 0)
+    table = copy.deepcopy(model.table)
+    inside = model.table["seen"][1][0]
+    look(model)
+    assert model.table == table
+    assert model.table["seen"][1][0] is inside
+
+
 def test_a_refused_call_leaves_what_a_model_keeps():
     model = fill_(Memory(), 0)
     before, weights = state_of(model), snapshot(model)

@@ -319,6 +319,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_execution",
         "_packed",
         "_derive",
+        "_traces",
         "_follows",
         "_fused_layers",
         "_together",

@@ -1,4 +1,4 @@
-"""Which norm a layer's output goes to, and to nothing else: read off a symbolic trace of the model."""
+"""Which norm a layer's output goes to, and to nothing else: read off symbolic traces of the model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch.fx
-from torch import nn
 
-from ._lowrank_layer import LowRankLayer
+from ._checks import quoted
 from ._norms import norms_of
+from ._traces import traces_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+
+    from torch import nn
+
+    from ._traces import Trace
 
 
 class Follower(NamedTuple):
@@ -27,45 +31,63 @@ class Follower(NamedTuple):
     reason: str
 
 
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Take low-rank layers as one step: what they run by is decided at each call."""
-        return isinstance(m, LowRankLayer) or super().is_leaf_module(m, module_qualified_name)
+class _Call(NamedTuple):
+    """What one trace says.
+
+    Attributes:
+        fed: what feeds each norm that is called.
+        used: the names of all modules that are called, or of which a value is used.
+    """
+
+    fed: Mapping[str, Follower]
+    used: Collection[str]
 
 
 def followers(model: nn.Module) -> Mapping[str, Follower]:
     """Find for each BatchNorm of a model what feeds it.
 
     Args:
-        model: in eval mode; it is not run, and not changed.
+        model: in eval mode; it is not run, and what it keeps between calls is put back.
 
     Returns:
-        By the name of the norm: the module whose output it takes, if nobody else takes that, and both are called once.
+        By the name of the norm: the module whose output it takes, if nobody else takes that, both are called once, and
+        this is so whichever optional arguments the model is given.
 
     Raises:
         ValueError: if the model cannot be traced.
     """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # what a forward of the user's does with a proxy can raise anything
-        reason = (str(error).splitlines() or ["no message"])[0].partition(". ")[0]
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced symbolically, so what follows what is not known "
-            f"({type(error).__name__}: {reason}). Name each layer with the norm that takes its output, and that alone: "
-            "pairs=[('conv1', 'bn1')]."
-        ) from error
+    norms = norms_of(model)
+    calls = [_read_off(trace, model, norms) for trace in traces_of(model)]
+    return {name: _agreed(name, calls) for name in norms}
+
+
+def _agreed(name: str, calls: Collection[_Call]) -> Follower:
+    """Find what feeds a norm in all calls that it has a part in."""
+    found = [call.fed[name] for call in calls if name in call.fed]
+    if not found:
+        return Follower("", "it is never called")
+    for one in found:
+        if one.reason:
+            return one
+    layers = {one.layer for one in found}
+    if len(layers) > 1:
+        return Follower("", f"what feeds it depends on the arguments of the model: {quoted(layers)}")
+    if any(name not in call.fed and {name, *layers} & {*call.used} for call in calls):
+        return Follower("", f"{quoted(layers)}, which feeds it, is used without it for other arguments of the model")
+    return found[0]
+
+
+def _read_off(trace: Trace, model: nn.Module, norms: Collection[str]) -> _Call:
     modules = dict(model.named_modules(remove_duplicate=False))
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+    calls = [node for node in trace.graph.nodes if node.op == "call_module"]
     times = Counter(modules[node.target] for node in calls)
-    found = {name: Follower("", "it is never called") for name in norms_of(model)}
     names = {modules[name]: name for name in reversed(list(modules))}
-    # What is read without a call: a weight that a penalty of the user's own is computed from, say.
-    read = {modules.get(str(node.target).rpartition(".")[0]) for node in graph.nodes if node.op == "get_attr"}
+    fed = {}
     for node in calls:
         name = names[modules[node.target]]
-        if name in found:
-            found[name] = _fed_by(node, modules, times, names, read)
-    return found
+        if name in norms:
+            fed[name] = _fed_by(node, modules, times, names, trace)
+    return _Call(fed, {names[one] for one in (*times, *trace.read)})
 
 
 def _fed_by(
@@ -73,7 +95,7 @@ def _fed_by(
     modules: Mapping[str, nn.Module],
     times: Mapping[nn.Module, int],
     names: Mapping[nn.Module, str],
-    read: Collection[nn.Module | None],
+    trace: Trace,
 ) -> Follower:
     given = node.args[0] if node.args else None
     if times[modules[str(node.target)]] > 1:
@@ -85,6 +107,8 @@ def _fed_by(
         return Follower("", f"{names[layer]!r}, which feeds it, is called more than once")
     if len(given.users) > 1:
         return Follower("", f"the output of {names[layer]!r} goes to others as well")
-    if modules[str(node.target)] in read or layer in read:
+    if given in trace.kept:
+        return Follower("", f"the output of {names[layer]!r} is kept, in an attribute or elsewhere, for others to read")
+    if modules[str(node.target)] in trace.read or layer in trace.read:
         return Follower("", "a value of it, or of the layer that feeds it, is used elsewhere")
     return Follower(names[layer], "")

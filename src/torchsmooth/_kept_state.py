@@ -31,14 +31,15 @@ class KeptState:
     Args:
         model: any model.
         but: modules whose buffers are left alone.
+        everywhere: also the plain attributes of torch's modules: what traces a model puts things there.
     """
 
-    def __init__(self, model: nn.Module, but: Collection[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module, but: Collection[nn.Module] = (), *, everywhere: bool = False) -> None:
         modules = list(model.modules())
         self._buffers = [(one._buffers, dict(one._buffers)) for one in modules if one not in but]
         tensors = {id(one): one for _, buffers in self._buffers for one in buffers.values() if one is not None}
         left_out = {id(one) for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
-        own = [one for one in modules if _package(one) not in _OTHERS]
+        own = [one for one in modules if everywhere or _package(one) not in _OTHERS]
         self._attributes = [(vars(one), _plain(vars(one))) for one in own]
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []

@@ -88,8 +88,26 @@ def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterato
         back, which is so if the model has been run and keeps something.
     """
     training = [(module, module.training) for module in model.modules()]
+    with _leaving_as_it_is(model, KeptState(model, changing)) as begin:
+        try:
+            for module, _ in training:
+                module.training = False
+            yield begin
+        finally:
+            for module, mode in training:
+                module.training = mode
+
+
+@contextmanager
+def tracing(model: nn.Module) -> Iterator[None]:
+    """Let a model be traced in the modes that it is in, without gradients; put back what that leaves in it."""
+    with _leaving_as_it_is(model, KeptState(model, everywhere=True)):
+        yield
+
+
+@contextmanager
+def _leaving_as_it_is(model: nn.Module, kept: KeptState) -> Iterator[Callable[[int], bool]]:
     devices = sorted({one.device.index for one in model.parameters() if one.device.type == "cuda"})
-    kept = KeptState(model, changing)
 
     def begin(batch: int) -> bool:
         has_changed = kept.put_back_()
@@ -97,11 +115,7 @@ def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterato
         return has_changed
 
     try:
-        for module, _ in training:
-            module.training = False
         with torch.inference_mode(mode=False), torch.no_grad(), random_states_put_back(devices):
             yield begin
     finally:
-        for module, mode in training:
-            module.training = mode
         kept.put_back_()

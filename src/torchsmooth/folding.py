@@ -78,7 +78,10 @@ def fold_batchnorm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | None
     Args:
         model: in eval mode, with nn.Conv1d, 2d, 3d or low-rank layers of those before BatchNorm layers of any kind.
         pairs: the name of a layer and that of the norm which takes its output, for each pair to fold: nobody else may
-            take that output. None finds them in a symbolic trace of the model, by ``torch.fx``.
+            take or keep that output, or read a weight of the two. None finds them in symbolic traces of the model, by
+            ``torch.fx``: one with all optional arguments given, one with the first argument alone, and one with each
+            single other. A pair is folded if it is one in all of them. What a trace leaves in attributes, containers
+            and buffers of the modules is put back.
 
     Returns:
         What was folded, and why the other norms were not.
