@@ -239,6 +239,16 @@ def test_a_way_to_call_that_cannot_be_traced_is_named():
     assert torchsmooth.fold_batchnorm_(model, pairs=[("conv", "norm")]).folded == {"norm": "conv"}
 
 
+def test_a_model_whose_forward_was_replaced_is_not_looked_at():
+    model = nn.Sequential(*pair()).eval()
+    forward = model.forward
+    model.forward = lambda x: forward(x) + model[0](x)
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"cannot be traced .* \(its forward was replaced on the instance\)"):
+        torchsmooth.fold_batchnorm_(model)
+    assert before.difference() == ""
+
+
 # What can be read of a layer and a norm without a call of them.
 READS = {
     "weight": lambda layer, norm: layer.weight,

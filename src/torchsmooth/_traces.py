@@ -23,7 +23,7 @@ class Trace(NamedTuple):
     """What a model does when it is called in one way.
 
     Attributes:
-        graph: by ``torch.fx``, with low-rank layers in one step each.
+        graph: by ``torch.fx``, with BatchNorm layers and low-rank layers in one step each.
         kept: calls of modules whose outputs somebody still has when the call is over, in an attribute, say.
         read: modules of which a value is used without a call of the module.
     """
@@ -45,6 +45,8 @@ def traces_of(model: nn.Module) -> list[Trace]:
     Raises:
         ValueError: if the model cannot be traced in one of these ways.
     """
+    if "forward" in vars(model):
+        raise _refusal(model, "its forward was replaced on the instance")
     traces: list[Trace] = []
     for absent in _ways_to_call(model):
         tracer = _Tracer(model, absent)
@@ -92,7 +94,7 @@ class _Tracer(torch.fx.Tracer):
         self._model, self._absent = model, absent
         norms = norms_of(model).values()
         layers = [one for one in model.modules() if isinstance(one, LowRankLayer)]
-        self._steps = {*layers}
+        self._steps = {*norms, *layers}
         # What is computed of these is computed at once: the graph holds the result, if anything.
         self._owners = {id(one): norm for norm in norms for one in norm.buffers()} | {
             id(one): layer for layer in layers for one in (*layer.parameters(), *layer.buffers())
@@ -114,7 +116,7 @@ class _Tracer(torch.fx.Tracer):
         return Trace(graph, self._kept(), self._read)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Take low-rank layers as one step each: what they run by is decided at each call."""
+        """Take low-rank layers and norms as one step each: what runs inside of them is decided at each call."""
         return m in self._steps or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(

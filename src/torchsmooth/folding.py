@@ -34,6 +34,11 @@ __all__ = ["FoldingReport", "fold_batchnorm_"]
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LOW_RANK = (LowRankConv1d, LowRankConv2d, LowRankConv3d, TuckerConv2d)
 
+# These very types: what is derived from them may compute more, an activation say.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @dataclass(frozen=True)
 class FoldingReport:
@@ -76,7 +81,8 @@ def fold_batchnorm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | None
     it. The keys of the state dict change, so ``load_compressed_`` takes what was saved before.
 
     Args:
-        model: in eval mode, with nn.Conv1d, 2d, 3d or low-rank layers of those before BatchNorm layers of any kind.
+        model: in eval mode, with nn.Conv1d, 2d, 3d or low-rank layers of those before BatchNorm layers of these very
+            types: one that is derived from them may compute more, an activation say.
         pairs: the name of a layer and that of the norm which takes its output, for each pair to fold: nobody else may
             take or keep that output, or read a weight of the two. None finds them in symbolic traces of the model, by
             ``torch.fx``: one with all optional arguments given, one with the first argument alone, and one with each
@@ -171,14 +177,18 @@ def _why_not(name: str, layer: nn.Module | None, norm: _BatchNorm, shared: set[i
     """Say why a norm cannot be folded into a layer; empty if it can."""
     if type(layer) not in (*_DENSE, *_LOW_RANK) or layer is None:
         return f"{name!r}, which feeds it, is no plain convolution, but a {type(layer).__name__}"
+    if type(norm) not in _NORMS:
+        return f"it is no plain BatchNorm, but a {type(norm).__name__}, which may compute more"
     if norm.num_features != layer.out_channels:
         return f"it has {norm.num_features} features, and {name!r}, which feeds it, {layer.out_channels} channels"
     parts = [one for module in (layer, norm) for one in module.modules()]
     if any(id(one) in shared for one in (*parts, *layer.parameters())):
         return f"{name!r} or the norm is in the model more than once, or shares its weight"
     # Hooks would see other values than before; older ways to prune and to reparametrise are hooks, too.
-    if any(one._forward_hooks or one._forward_pre_hooks for one in parts):
+    if any(vars(one)[kind] for one in parts for kind in _HOOKS):
         return f"{name!r} or the norm has hooks"
+    if any("forward" in vars(one) for one in parts):
+        return f"the forward of {name!r} or of the norm was replaced on the instance"
     if isinstance(layer, LowRankLayer):
         try:
             check_writable(layer, "folded")
