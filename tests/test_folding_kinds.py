@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import torchsmooth
 from tests.networks import same, snapshot
-from tests.strategies import fill_, randn, seeds
+from tests.strategies import convolutions, fill_, low_rank, randn, seeds
 
 
 class BatchNormReLU(nn.BatchNorm2d):
@@ -114,3 +117,24 @@ def test_lazy_layers_that_have_become_plain_ones_and_synchronised_norms_are_fold
         expected = model(images)
         assert torchsmooth.fold_batchnorm_(model).folded == {"1": "0"}
         assert torch.allclose(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(convolutions(), st.booleans(), st.booleans(), st.data())
+@settings(max_examples=30)
+def test_in_inference_mode_it_does_the_same(case, compressed, made_there, data):
+    dense, images = case
+    layer = low_rank(dense, data) if compressed else dense
+    norm = fill_(nn.BatchNorm2d(layer.out_channels, dtype=torch.float64), 3)
+    expected = nn.Sequential(copy.deepcopy(layer), copy.deepcopy(norm)).eval()
+    torchsmooth.fold_batchnorm_(expected)
+    with torch.inference_mode(made_there):
+        model = nn.Sequential(copy.deepcopy(layer), copy.deepcopy(norm)).eval()
+    with torch.inference_mode():
+        assert torchsmooth.fold_batchnorm_(model).folded == {"1": "0"}
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    # The model is as one that was folded elsewhere: gradients flow, weights can be loaded.
+    inputs = images.clone().requires_grad_()
+    model(inputs).sum().backward()
+    assert inputs.grad is not None
+    model.load_state_dict(state)

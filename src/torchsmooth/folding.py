@@ -66,6 +66,8 @@ class FoldingReport:
         return format_table(("BatchNorm", "folded into", "note"), rows)
 
 
+@torch.inference_mode(mode=False)
+@torch.no_grad()
 def fold_batchnorm_(model: nn.Module, *, pairs: Iterable[tuple[str, str]] | None = None) -> FoldingReport:
     r"""Fold BatchNorm layers into the convolutions that feed them, dense or low-rank, in place.
 
