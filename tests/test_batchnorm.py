@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,6 +33,55 @@ def test_statistics_become_the_averages_over_the_batches(seed, sizes, momentum):
     assert torch.allclose(model[1].running_mean.double(), mean, atol=1e-5)
     assert torch.allclose(model[1].running_var.double(), variance, rtol=1e-4)
     assert model[1].momentum == momentum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seeds, st.lists(st.tuples(st.floats(-8, 16), st.integers(1, 300)), min_size=1, max_size=3))
+@settings(max_examples=8)
+def test_late_batches_count_as_much_as_early_ones_in_every_dtype(dtype, seed, stretches):
+    norm = nn.BatchNorm1d(3, dtype=dtype)
+    means = torch.cat([torch.full((count,), mean, dtype=torch.float64) for mean, count in stretches])
+    batches = (randn(len(means), 8, 3, seed=seed) + means[:, None, None]).to(dtype)
+    recalibrate_batchnorm_(norm, batches.unbind())
+    for buffer, averages in (
+        (norm.running_mean, batches.double().mean(1)),
+        (norm.running_var, batches.double().var(1)),
+    ):
+        # Once for each batch, and once for the average.
+        rounding = torch.finfo(dtype).eps * (averages.abs().mean(0) + averages.mean(0).abs() + 1e-3)
+        assert bool(((buffer.double() - averages.mean(0)).abs() <= rounding).all())
+
+
+class Again(nn.Module):
+    """Calls its norm several times, each time on something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return [self.norm(x * scale) for scale in (1, 2, 6)]
+
+
+def test_a_norm_that_is_called_several_times_gets_the_average_over_its_calls():
+    batches = [randn(8, 3, seed=seed, dtype=torch.float32) for seed in range(2)]
+    model = recalibrate_batchnorm_(Again(), batches)
+    assert torch.allclose(model.norm.running_mean, 3 * torch.stack(batches).mean((0, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_norm_that_counts_no_batches_is_estimated_too(refused):
+    norm, expected = fill_(nn.BatchNorm2d(3), 0), fill_(nn.BatchNorm2d(3), 0)
+    norm.num_batches_tracked = None
+    if refused:
+        with pytest.raises(ValueError, match="NaN"):
+            recalibrate_batchnorm_(norm, [IMAGES, IMAGES / 0])
+    else:
+        recalibrate_batchnorm_(norm, [IMAGES])
+        recalibrate_batchnorm_(expected, [IMAGES])
+    assert norm.num_batches_tracked is None
+    assert torch.equal(norm.running_mean, expected.running_mean)
+    assert torch.equal(norm.running_var, expected.running_var)
 
 
 def test_one_batch_gives_eval_mode_the_outputs_of_training_mode():
