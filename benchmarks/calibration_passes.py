@@ -20,11 +20,11 @@ from unittest.mock import patch
 import torch
 from harness import make_parser, median_seconds, publish, read_arguments
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import torchsmooth
 from torchsmooth import _two_networks
+from torchsmooth._counting import Counter
 from torchsmooth._finished import FinishedParts
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # testbed is not installed
@@ -46,13 +46,6 @@ def in_full() -> Iterator[None]:
         yield
 
 
-def multiply_adds(run: Any, *arguments: Any) -> int:
-    """Count the multiply-adds of a call, whatever it raises in between."""
-    with FlopCounterMode(display=False) as counter:
-        run(*arguments)
-    return counter.get_total_flops() // 2
-
-
 def passes(plan: torchsmooth.CompressionPlan, model: torch.nn.Module, batches: list[Tensor]) -> float:
     """Return how many passes of the dense network the runs of a fit are as long as."""
     total = 0
@@ -60,17 +53,19 @@ def passes(plan: torchsmooth.CompressionPlan, model: torch.nn.Module, batches: l
 
     def counted(network: torch.nn.Module, batch: Any) -> Any:
         nonlocal total
-        with FlopCounterMode(display=False) as counter:
+        with Counter() as counter:
             try:
                 return run(network, batch)
             finally:
-                total += counter.get_total_flops() // 2
+                total += counter.macs
 
     with torch.no_grad():
-        one = sum(multiply_adds(model, batch) for batch in batches)
+        with Counter() as one:
+            for batch in batches:
+                model(batch)
         with patch.object(_two_networks, "run", counted):
             plan.apply_(copy.deepcopy(model), calibration=batches)
-    return total / one
+    return total / one.macs
 
 
 def main() -> None:

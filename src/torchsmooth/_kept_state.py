@@ -120,7 +120,7 @@ def _reach(values: Iterable[Any], seen: dict[int, Any], package: str) -> Iterabl
                 todo.extend(one.values() if isinstance(one, dict) else one)
                 if not isinstance(one, tuple):
                     yield one
-        elif _package(one) == package and isinstance(getattr(one, "__dict__", None), dict):
+        elif _package(one) == package not in _OTHERS and isinstance(getattr(one, "__dict__", None), dict):
             seen[id(one)] = one
             todo.append(vars(one))
 
