@@ -7,13 +7,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import torchsmooth
-from tests.networks import EVERY_LAYER, two_layers
-from tests.strategies import fill_, randn
-from torchsmooth import spectrum
+from tests.networks import EVERY_LAYER, linear_of, two_layers
+from tests.snapshots import Snapshot
+from tests.strategies import fill_, randn, seeds
+from torchsmooth import plot_weights, spectrum
 
 
 def test_the_layers_are_those_that_smooth_finds():
@@ -126,6 +128,39 @@ def test_looking_inside_a_cached_region_keeps_buffers_and_gradients(wrapping):
         return [*model.buffers(), *(parameter.grad for parameter in model.parameters())]
 
     assert all(map(torch.equal, gradients(look=True), gradients(look=False)))
+
+
+# What computes the weight in a hook, before each forward pass; the attribute is that of the last one.
+HOOKS = {
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "pruned twice": lambda layer: prune.ln_structured(prune.identity(layer, "weight"), "weight", 0.5, n=2, dim=0),
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "spectral_norm of a parametrized one": lambda layer: parametrizations.spectral_norm(
+        spectral_norm(layer), "weight_orig"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("hook", HOOKS)
+@given(seed=seeds)
+def test_a_weight_that_a_hook_computes_is_that_of_the_parameters_as_they_are(hook, training, seed):
+    with torch.random.fork_rng(devices=[]):  # masks, and the vectors of the norms, are drawn at random
+        torch.manual_seed(seed)
+        layer = HOOKS[hook](fill_(nn.Linear(6, 5), seed))
+    model = nn.Sequential(layer)
+    with torch.no_grad():  # as load_state_dict and the steps of optimizers do
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed + number))
+    before = Snapshot(model.train(training))
+    found = spectrum(model)["0"].singular_values
+    (axes, _) = plot_weights({"layer": layer}).axes
+    assert not before.difference()
+    model.eval()(randn(1, 6, seed=seed, dtype=torch.float32))
+    assert torch.equal(found, spectrum(linear_of(layer.weight.detach()))[""].singular_values)
+    assert torch.equal(torch.as_tensor(axes.images[0].get_array().data), layer.weight.detach().double())
 
 
 @pytest.mark.parametrize(

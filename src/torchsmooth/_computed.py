@@ -36,6 +36,14 @@ def computing(module: nn.Module) -> str:
     return ""
 
 
+def is_hooked(module: nn.Module, tensor_name: str) -> bool:
+    """Tell whether a tensor is computed by a hook before each forward pass, as by the older norms and by pruning."""
+    names = (
+        hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name for hook in _hooks(module).values()
+    )
+    return tensor_name in names
+
+
 def type_of(module: nn.Module) -> type[nn.Module]:
     """Return the type that a module has without parametrizations."""
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
@@ -62,7 +70,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
         ValueError: if it cannot be computed, or is not a real tensor.
     """
     try:
-        computed = dict(_computed(module))
+        computed = dict(computed_tensors(module))
     except (RuntimeError, TypeError) as error:  # of torch: no kernels for this dtype, device or layout
         raise ValueError(f"{computing(module)}, but what is computed cannot be: {error}") from error
     kind = type_of(module)
@@ -115,8 +123,12 @@ def _trained(module: nn.Module, name: str) -> bool:
     return any(one.requires_grad for one in parts)
 
 
-def _computed(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped."""
+def computed_tensors(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Compute each tensor, as in eval mode: there power iterations rest, and nothing is dropped.
+
+    What hooks compute is kept in a plain attribute, too, but that is of the last forward pass: the parameters may have
+    been loaded or stepped since.
+    """
     with random_state_kept(module):
         parametrizations: Any = module.parametrizations if is_parametrized(module) else nn.ModuleDict()
         modes = [(one, one.training) for one in parametrizations.modules()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import FLOAT_DTYPES, describe, is_quantised, is_wanted, kind_of_tensor
+from ._computed import computed_tensors, is_hooked
 from ._registered import _CONVOLUTIONS, _TRANSPOSED, LAYERS, name_of
 
 if TYPE_CHECKING:
@@ -95,10 +96,13 @@ def check_weight(weight: Tensor, what: str) -> None:
 def _untouched(module: nn.Module) -> object:
     """Read ``module.weight``; where that runs code, put back what the code may change.
 
+    What a hook computes before each forward pass is computed here as well: the attribute is of the last one.
     Some parametrizations move their buffers when they are read in training mode (``spectral_norm``), and one may draw
     random numbers. Inside ``parametrize.cached`` the first to read reads for all: the next forward pass will use what
     is computed here, so gradients stay enabled and nothing is put back.
     """
+    if is_hooked(module, "weight"):
+        return dict(computed_tensors(module))["weight"]
     if not parametrize.is_parametrized(module, "weight") or parametrize._cache_enabled:
         return getattr(module, "weight", None)
     parametrization: Any = module.parametrizations["weight"]  # type: ignore[index]

@@ -165,7 +165,8 @@ def spectrum(
     What a user watches while training: a smoothness penalty works if the energy rises. The model, its gradients, its
     mode and the random state stay as they are. Layers are decomposed one at a time, in float64 and on their own device.
     Looked at are the weights that :func:`torchsmooth.smooth_` finds (Linear, Conv, ConvTranspose, Embedding), each
-    weight once however often it is used; of an embedding all rows, the one of ``padding_idx`` too.
+    weight once however often it is used; of an embedding all rows, the one of ``padding_idx`` too. Weights that are
+    computed (parametrized, pruned, normed) are computed from what the model holds now.
 
     Args:
         model: a model, in either mode; wrapped (DistributedDataParallel, torch.compile) or not.
