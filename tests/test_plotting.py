@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import torchsmooth
-from tests.networks import linear_of, two_layers
+from tests.networks import EVERY_LAYER, linear_of, two_layers
 from tests.reference import penalties as reference_penalties
-from tests.strategies import fill_, randn
+from tests.strategies import fill_, low_rank, randn, seeds
 from torchsmooth import Spectrum, plot_spectra, plot_weights, spectrum
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +93,16 @@ def test_relative_pictures_do_not_depend_on_the_scale(scale):
     one, other = (torch.as_tensor(axes.images[0].get_array().data) for axes in figure.axes[:2])
     assert float(one.square().mean()) == pytest.approx(1)
     torch.testing.assert_close(other, one if scale else torch.zeros_like(one))
+
+
+@given(data=st.data(), kind=st.sampled_from(sorted(EVERY_LAYER)), seed=seeds)
+def test_a_low_rank_layer_is_drawn_as_the_dense_one_of_its_weight(data, kind, seed):
+    dense = fill_(EVERY_LAYER[kind]().double(), seed)
+    compressed = low_rank(dense, data)
+    merged = compressed.to_dense()
+    pictures = plot_weights({"compressed": compressed, "merged": merged}).axes[:2]
+    one, other = (torch.as_tensor(axes.images[0].get_array().data) for axes in pictures)
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
 
 
 def test_a_compiled_layer_is_drawn_with_its_own_geometry():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ._checks import FLOAT_DTYPES, describe, is_quantised, is_wanted, kind_of_tensor
 from ._computed import computed_tensors, is_hooked
-from ._registered import _CONVOLUTIONS, _TRANSPOSED, LAYERS, name_of
+from ._registered import LAYERS, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,9 +50,13 @@ def find_weights(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] |
 
 
 def geometry_of(module: nn.Module) -> tuple[int, bool]:
-    """Return the groups of a layer, and whether its weight is laid out ``(in, out / groups, *kernel)``."""
-    groups = module.groups if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else 1
-    return groups, isinstance(module, _TRANSPOSED)
+    """Return the groups of a layer, and whether its weight is laid out ``(in, out / groups, *kernel)``.
+
+    Convolutions say both themselves, those of torch and the low-rank ones by the same names. A table of vectors has no
+    groups: its rows are shown as rows, whatever a low-rank one says of its layout.
+    """
+    groups, transposed = getattr(module, "groups", None), getattr(module, "transposed", None)
+    return (groups, transposed) if type(groups) is int and isinstance(transposed, bool) else (1, False)
 
 
 def read_weight(module: nn.Module, label: str) -> Tensor:
