@@ -15,6 +15,7 @@ from cifar10_candidates import Candidate
 from cifar10_recipes import Recipe
 from torch import nn
 from tqdm import tqdm
+from unreachable import is_unreachable
 
 import torchsmooth
 from torchsmooth._atomic_file import whole_file
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 # With zeros, BatchNorm would learn other statistics than those of whole images, and calibration would have to follow.
 BORDER: Literal["reflection"] = "reflection"
-
-_UNREACHABLE = "cannot be reached"  # in the message of every ValueError that says so
 
 
 class Epoch(NamedTuple):
@@ -277,7 +276,7 @@ def _cut_energy(model: nn.Module, ratio: float) -> tuple[float, float]:
     try:
         plan = torchsmooth.plan_compression(model, ratio, progress=False)
     except ValueError as error:
-        if _UNREACHABLE not in str(error):
+        if not is_unreachable(error):
             raise
         return math.nan, 1.0
     modules, cut, whole = dict(model.named_modules()), 0.0, 0.0

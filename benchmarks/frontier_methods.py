@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from pruning_baselines import count_left, remove_channels_, zero_filters_, zero_weights_
 from torch import nn
+from unreachable import is_unreachable
 
 import torchsmooth
 
@@ -20,8 +21,6 @@ from testbed.vision_transformer import Attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-_UNREACHABLE = "cannot be reached"  # in the message of every ValueError that says so
 
 # Yields a ratio, a network that is smaller by it, and how many parameters are left; None where that cannot be.
 _Compressed = "Iterator[tuple[float, tuple[nn.Module, int] | None]]"
@@ -72,7 +71,7 @@ def pruning(label: str, prune_: Callable[[nn.Module, float], int], recalibrated:
             try:
                 prune_(smaller, ratio)
             except ValueError as error:
-                if _UNREACHABLE not in str(error):
+                if not is_unreachable(error):
                     raise
                 yield ratio, None
             else:
@@ -98,7 +97,7 @@ def _can_be_planned(model: nn.Module, ratio: float, options: dict[str, Any]) -> 
     try:
         torchsmooth.plan_compression(model, ratio, **options)
     except ValueError as error:
-        if _UNREACHABLE not in str(error):
+        if not is_unreachable(error):
             raise
         return False
     return True

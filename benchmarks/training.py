@@ -3,8 +3,8 @@
 Trains a ResNet-18 on the CIFAR-10 images once for each candidate, from one seed and by one recipe, and compresses each
 network at several ratios: without data, and with BatchNorm statistics estimated anew on 1,024 training images, cropped
 and mirrored as they were in training (estimated on the images as they are, the statistics cost this network two
-points, compressed or not). The networks and the accuracies are kept in a folder, so the work can be interrupted
-between candidates and gone on with.
+points, compressed or not). “–”: the ratio cannot be reached. The networks and the accuracies are kept in a folder, by
+names that say how they were trained, so the work can be interrupted between candidates and gone on with.
 
     python benchmarks/training.py --output runs --write
     python benchmarks/training.py --output runs --only plain nuclear=3e-3 tail=0.9,0.05
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from harness import make_parser, publish, read_arguments
 from torch import Tensor, nn
 from tqdm import tqdm
+from unreachable import is_unreachable
 
 import torchsmooth
 
@@ -100,16 +101,35 @@ def train(spec: str, images: Tensor, labels: Tensor, arguments: argparse.Namespa
     return model.eval()
 
 
-def measure(model: nn.Module, data: dict[str, Tensor]) -> dict[str, float]:
-    """Measure accuracy dense and at every ratio, in percent."""
-    found = {"dense": accuracy(model, data["test"], data["test_labels"])}
+def name_of(spec: str, arguments: argparse.Namespace) -> str:
+    """Name the files of a network, by all that its training depends on."""
+    ramp = arguments.ramp if isinstance(penalty_of(spec), torchsmooth.RankTail) else ()
+    parts = (arguments.epochs, f"w{arguments.width}", f"b{arguments.batch}", arguments.images, *ramp, arguments.seed)
+    return "-".join(map(str, (spec, *parts)))
+
+
+def measure(model: nn.Module, data: dict[str, Tensor]) -> dict[str, float | None]:
+    """Measure accuracy dense and at every ratio, in percent; None where a ratio cannot be reached."""
+    found: dict[str, float | None] = {"dense": accuracy(model, data["test"], data["test_labels"])}
     for ratio in RATIOS:
         small = copy.deepcopy(model)
-        torchsmooth.svd_compress_(small, ratio, progress=False)
+        try:
+            torchsmooth.svd_compress_(small, ratio, progress=False)
+        except ValueError as error:
+            if not is_unreachable(error):
+                raise
+            found |= {f"{ratio}": None, f"{ratio} recalibrated": None}
+            continue
         found[f"{ratio}"] = accuracy(small, data["test"], data["test_labels"])
         torchsmooth.recalibrate_batchnorm_(small, data["calibration"].split(128))
         found[f"{ratio} recalibrated"] = accuracy(small, data["test"], data["test_labels"])
     return found
+
+
+def cell_of(found: dict[str, float | None], ratio: float) -> str:
+    """Lay out the accuracies at a ratio."""
+    before, after = found[f"{ratio}"], found[f"{ratio} recalibrated"]
+    return "–" if before is None or after is None else f"{before:.1f} → {after:.1f}"
 
 
 def main() -> None:
@@ -125,7 +145,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="training images; fewer for a trial")
     arguments = read_arguments(parser)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    files = {spec: arguments.output / f"{spec}-{arguments.epochs}-{arguments.seed}.json" for spec in arguments.only}
+    files = {spec: arguments.output / f"{name_of(spec, arguments)}.json" for spec in arguments.only}
     if not all(path.exists() for path in files.values()):
         images, labels = load_images("train", arguments.images)
         test, test_labels = load_images("test", 10_000)
@@ -147,8 +167,7 @@ def main() -> None:
     rows = []
     for spec, path in files.items():
         found = json.loads(path.read_text(encoding="utf-8"))
-        cells = [f"{found[f'{ratio}']:.1f} → {found[f'{ratio} recalibrated']:.1f}" for ratio in RATIOS]
-        rows.append([spec, f"{found['dense']:.1f}", *cells])
+        rows.append([spec, f"{found['dense']:.1f}", *(cell_of(found, ratio) for ratio in RATIOS)])
     title = (
         f"Accuracy in % of a ResNet-18 of width {arguments.width} on the JPEG copy of CIFAR-10, after "
         f"{arguments.epochs} epochs with each penalty: dense, and compressed with no fine-tuning (without data → "
