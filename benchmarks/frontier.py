@@ -7,6 +7,7 @@ nuclear_1e-3, …), or any checkpoint of the same architectures, by its path.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import shlex
@@ -15,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from frontier_methods import METHODS, Method
 from frontier_report import RESULTS, Cell, Cells, Frontier, format_frontier, plot_frontier
 from harness import circumstances, make_parser, read_arguments
@@ -74,6 +76,7 @@ class Bench:
     def __init__(self, spec: str, arguments: argparse.Namespace) -> None:
         network = load_network(spec)
         self.description = network.description
+        self.fingerprint = fingerprint(network.model)
         self.model = network.model.to(arguments.device)
         self.total = sum(parameter.numel() for parameter in self.model.parameters())
         pixels, labels = load_images("test", arguments.test_images)
@@ -85,6 +88,15 @@ class Bench:
     def measure(self, model: nn.Module) -> float:
         """Return the accuracy on the test images, in percent."""
         return accuracy(model, self._inputs, self._labels, batch_size=50)  # on a CPU faster than larger ones
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return what tells a network from every other one: a file may have been written anew since it was measured."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def measure_method(method: Method, bench: Bench, ratios: list[float], cache: Cache, bar: Any) -> Cells:
@@ -114,7 +126,7 @@ def measure_network(spec: str, arguments: argparse.Namespace) -> Frontier:
     """Run every method on one network."""
     bench = Bench(spec, arguments)
     images = (arguments.test_images, arguments.calibration_images, arguments.batch_size)
-    cache = Cache(arguments.resume, f"{spec}; {arguments.device}; {images}")
+    cache = Cache(arguments.resume, f"{spec}; {bench.fingerprint}; {arguments.device}; {images}")
     methods = {name: method for name, method in METHODS.items() if name in arguments.methods}
     rows = sum(1 + bool(method.recalibrated) for method in methods.values())
     with tqdm(total=2 + rows * len(arguments.ratios), desc=spec, unit="cell", mininterval=1) as bar:
