@@ -152,7 +152,7 @@ def publish(tables: dict[str, Any], same: list[list[str]], arguments: argparse.N
     missing = ", ".join(name for name, way in PEERS.items() if way.missing)
     notes = [ABOUT_WEIGHTS, *([f"Not installed here, and left out: {missing} (see `peers.py`)."] if missing else [])]
     title = f"Compressing to {RATIO:.0%} fewer parameters: time (medians of alternating runs) and memory over the model"
-    publish_tables("compress_time", title, notes, whole, arguments, sys.argv[1:], show=show)
+    publish_tables("compress_time", title, notes, whole, arguments, show=show)
 
 
 def main() -> None:

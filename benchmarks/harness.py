@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,6 +138,26 @@ def circumstances(device: str) -> str:
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}; {today}"
 
 
+def command_of(name: str, arguments: argparse.Namespace) -> str:
+    """Return the command line as it was typed, without options that only say where something is on this machine.
+
+    Args:
+        name: that of the script.
+        arguments: what was read of the command line.
+    """
+    places = [f"--{key.replace('_', '-')}" for key, value in vars(arguments).items() if isinstance(value, Path)]
+    words: list[str] = []
+    given = iter(sys.argv[1:])
+    for word in given:
+        option, equals, _ = word.partition("=")
+        if len(option) > len("--") and any(place.startswith(option) for place in places):  # it may be shortened
+            if not equals:
+                next(given, None)  # the place itself
+        else:
+            words.append(word)
+    return shlex.join(["python", f"benchmarks/{name}.py", *words])
+
+
 def publish(
     name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], arguments: argparse.Namespace
 ) -> None:
@@ -150,7 +171,6 @@ def publish_tables(
     notes: Sequence[str],
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
     arguments: argparse.Namespace,
-    given: Sequence[str] = (),
     *,
     show: bool = True,
 ) -> None:
@@ -162,11 +182,9 @@ def publish_tables(
         notes: paragraphs under the title.
         tables: header and rows of each table, by its heading; an empty heading is left out.
         arguments: the command line.
-        given: the same as it was typed, where the table is another with other options.
         show: whether to print them; what is not the whole yet is only written.
     """
-    command = shlex.join(["python", f"benchmarks/{name}.py", *(given or ["--write"])])
-    lines = [f"# {title}", "", f"{circumstances(arguments.device)}. `{command}`", ""]
+    lines = [f"# {title}", "", f"{circumstances(arguments.device)}. `{command_of(name, arguments)}`", ""]
     for note in notes:
         lines += [note, ""]
     for heading, (header, rows) in tables.items():

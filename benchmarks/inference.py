@@ -288,7 +288,7 @@ def main() -> None:
 
     def publish(*, show: bool = True) -> None:
         title, notes = "Inference: how much faster a compressed model is", list(notes_of(arguments, absent))
-        publish_tables("inference", title, notes, tables, arguments, sys.argv[1:], show=show)
+        publish_tables("inference", title, notes, tables, arguments, show=show)
 
     total = sum(len(run.batches) * len(run.ratios) for run in settings.values())
     with tqdm(total=total, disable=None) as bar:

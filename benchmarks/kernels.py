@@ -14,7 +14,6 @@ On the CPU nothing is timed: the kernels run in Triton's interpreter, on small s
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -197,7 +196,7 @@ def time_all(arguments: argparse.Namespace) -> None:
     ]
     header += ["limit, ms", "graph over graph", "of the limit", "error"]
     title = f"Fused kernels against two calls, and against the roofline ({'; '.join(found)})"
-    publish_tables("kernels", title, (), {"": (header, rows)}, arguments, sys.argv[1:])
+    publish_tables("kernels", title, (), {"": (header, rows)}, arguments)
 
 
 def check_all(arguments: argparse.Namespace) -> None:
