@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # testbed is not inst
 from testbed.cifar_networks import ARCHITECTURES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from cifar10_results import Line
 
@@ -104,17 +104,21 @@ def groups_of(lines: Sequence[Line]) -> list[Group]:
         grouped.setdefault(tuple(line[name] for name in shared), []).append(line)
     groups = []
     for key, members in grouped.items():
-        tests = [line for line in members if line["split"] == "test"]
-        most = max((line["images"] for line in tests), default=0)
-        tests = [line for line in tests if line["images"] == most]  # without those of a trial
+        tests, tried = (_of_most_images(members, split) for split in ("test", "held_out"))
         found: dict[Candidate, Accuracies] = {}
         for line in sorted(tests, key=_place):
             candidate = Candidate(line["penalty"], line["strength"])
             found.setdefault(candidate, {})[line["seed"], line["method"], line["ratio"]] = line["accuracy"]
         if tests:
-            tried = [line for line in members if line["split"] == "held_out"]
             groups.append(Group(dict(zip(shared, key, strict=True)), found, tests, sorted(tried, key=_place)))
     return groups
+
+
+def _of_most_images(lines: Iterable[Line], split: str) -> list[Line]:
+    """Return the results on a split, without those of a trial, which are of fewer images."""
+    found = [line for line in lines if line["split"] == split]
+    most = max((line["images"] for line in found), default=0)
+    return [line for line in found if line["images"] == most]
 
 
 def _place(line: Line) -> tuple[int, str, float]:
@@ -147,7 +151,7 @@ def format_group(group: Group, pictures: Mapping[str, str]) -> str:
         _against_pruning(group),
     ]
     if group.tried:
-        images = max(line["images"] for line in group.tried)
+        images = group.tried[0]["images"]
         parts += [
             "### Strengths tried",
             f"Accuracy on {images:,} images held out: dense; compressed without data → with BatchNorm estimated anew.",

@@ -140,6 +140,24 @@ def test_strengths_that_were_tried_are_shown():
     assert tables.groups_of(tried) == []
 
 
+def test_strengths_of_a_trial_are_left_out():
+    tried = [
+        line(80.0, "dense", 0.0, "first", split="held_out", images=5000),
+        line(75.0, "SVD", 0.8, "first", split="held_out", images=5000),
+    ]
+    trial = [
+        line(one["accuracy"] / 2, one["method"], one["ratio"], penalty, split="held_out", images=100)
+        for one in tried
+        for penalty in ("first", "second")
+    ]
+    pages = []
+    for lines in (tried, [*tried, *trial], [*trial, *tried]):
+        (group,) = tables.groups_of([*results(), *lines])
+        pages.append(rows_of(tables.format_group(group, {}), "### Strengths tried"))
+    assert pages[0] == pages[1] == pages[2]
+    assert pages[0][1][2:] == ["80.0", "75.0"]
+
+
 def test_other_recipes_are_apart_and_trials_are_left_out():
     other = [line(70.0, "dense", 0.0, epochs=50)]
     trial = [line(1.0, "dense", 0.0, images=100), line(2.0, "SVD", 0.5, images=100)]
