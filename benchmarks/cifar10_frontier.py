@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import platform
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,12 @@ def with_images(label: str, images: int) -> str:
         images: how many were used for calibration and BatchNorm.
     """
     return label if images == CALIBRATION_IMAGES else f"{label}, {images:,} images"
+
+
+def images_of(label: str) -> int:
+    """Return how many images a row saw, by its name: the way back from :func:`with_images`."""
+    count = re.search(r", ([\d,]+) images$", label)
+    return int(count[1].replace(",", "")) if count else CALIBRATION_IMAGES
 
 
 class Measuring(NamedTuple):

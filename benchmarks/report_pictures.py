@@ -37,7 +37,7 @@ def draw_accuracies(group: Group, _networks: Iterable[Path], path: Path) -> bool
     """
     methods = [
         method
-        for method in METHODS
+        for method in map(group.row, METHODS)
         if any(group.values(candidate, method, ratio) for candidate in group.found for ratio in group.ratios)
     ]
     if not methods:
@@ -77,7 +77,7 @@ def draw_overview(group: Group, _networks: Iterable[Path], path: Path) -> bool:
     axes = figure.subplots()
     for number, candidate in enumerate(group.found):
         plain = candidate.penalty == "plain"
-        for method, line in _OVERVIEW.items():
+        for method, line in ((group.row(one), line) for one, line in _OVERVIEW.items()):
             if plain or method.startswith("SVD"):
                 style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": line}
                 _draw_line(axes, group, candidate, method, label=f"{candidate.title}: {method}", **style)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from cifar10_candidates import PENALTIES, Candidate
+from cifar10_frontier import CALIBRATION_IMAGES, images_of, with_images
 from cifar10_recipes import Run
 from cifar10_results import RUN
 from cifar10_strengths import format_strengths
@@ -33,6 +36,7 @@ METHODS = (
     "unstructured",
     "unstructured + BatchNorm",
 )
+_WITH_DATA = " + "  # in the names of all methods that see images
 # Rows of low rank, each with the rows of pruning that saw the same data, unstructured pruning last.
 _AGAINST = {
     "SVD": ("structured", "unstructured"),
@@ -77,6 +81,16 @@ class Group:
     def ratios(self) -> list[float]:
         """The ratios that were measured, ascending."""
         return sorted({line["ratio"] for line in self.lines if line["method"] != DENSE and line["ratio"] > 0})
+
+    @cached_property
+    def seen(self) -> int:
+        """How many images the rows with data saw: the usual number, or where there is none of that, the most common."""
+        counts = Counter(images_of(line["method"]) for line in self.lines if _WITH_DATA in line["method"])
+        return CALIBRATION_IMAGES if CALIBRATION_IMAGES in counts or not counts else counts.most_common(1)[0][0]
+
+    def row(self, method: str) -> str:
+        """Return what the row of a method is called here, where it may have seen another number of images."""
+        return with_images(method, self.seen) if _WITH_DATA in method else method
 
     def values(self, candidate: Candidate, method: str, ratio: float) -> dict[int, float]:
         """Return accuracies by seed, of those that were measured and reached."""
@@ -190,7 +204,7 @@ def _dense(group: Group) -> str:
     rows = []
     for candidate in group.found:
         values = group.values(candidate, DENSE, 0.0)
-        normed = group.values(candidate, f"{DENSE} + BatchNorm", 0.0)
+        normed = group.values(candidate, group.row(f"{DENSE} + BatchNorm"), 0.0)
         difference = "–" if plain is None else _signed(mean(values.values()) - plain)
         seeds = ", ".join(map(str, group.seeds(candidate)))
         rows.append([candidate.title, seeds, _spread(values), difference, _spread(normed)])
@@ -201,8 +215,9 @@ def _by_method(group: Group) -> str:
     """Make a table for each method, with a row for each penalty, the best mean of each column in bold."""
     parts = []
     # What saw another number of images comes last.
-    others = sorted({line["method"] for line in group.lines if line["ratio"] > 0} - {*METHODS})
-    for method in (*METHODS, *others):
+    first = list(map(group.row, METHODS))
+    others = sorted({line["method"] for line in group.lines if line["ratio"] > 0} - {*first})
+    for method in (*first, *others):
         cells = {
             (candidate, ratio): group.values(candidate, method, ratio)
             for candidate in group.found
@@ -230,7 +245,7 @@ def _distances(group: Group) -> str:
     plain = _plain(group) or 0.0
     rows = []
     for candidate in group.found:
-        for method in _AGAINST:
+        for method in map(group.row, _AGAINST):
             cells = []
             for ratio in group.ratios:
                 values = group.values(candidate, method, ratio)
@@ -246,10 +261,11 @@ def _against_pruning(group: Group) -> str:
     rows = []
     for candidate in group.found:
         for method, prunings in _AGAINST.items():
+            row, against = group.row(method), list(map(group.row, prunings))
             cells = []
             for ratio in group.ratios:
-                ours = group.values(candidate, method, ratio)
-                theirs = [group.values(candidate, one, ratio) for one in prunings]
+                ours = group.values(candidate, row, ratio)
+                theirs = [group.values(candidate, one, ratio) for one in against]
                 # Without the unstructured one, which is far the better one, the gap would say nothing.
                 gaps = [
                     value - max(one[seed] for one in theirs if seed in one)
@@ -257,7 +273,7 @@ def _against_pruning(group: Group) -> str:
                     if seed in theirs[-1]
                 ]
                 cells.append(_signed(mean(gaps)) if gaps else "–")
-            rows.append([candidate.title, method, *cells])
+            rows.append([candidate.title, row, *cells])
     return table(["penalty, strength", "method", *_columns(group)], rows)
 
 

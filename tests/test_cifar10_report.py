@@ -16,6 +16,7 @@ pictures = benchmark("report_pictures")
 tables = benchmark("report_tables")
 training = benchmark("cifar10_training")
 Results = benchmark("cifar10_results").Results
+with_images = benchmark("cifar10_frontier").with_images
 
 
 def line(accuracy, method="SVD", ratio=0.7, penalty="plain", seed=0, *, split="test", images=10_000, epochs=3):
@@ -96,6 +97,39 @@ def test_each_method_has_a_table_with_the_best_in_bold(page):
         ["nuclear norm, 0.001", "–", "–"],
     ]
     assert "SVD + calibration:" not in page  # nothing was measured
+
+
+@pytest.mark.parametrize("images", [512, 2048])
+def test_another_number_of_images_changes_the_names_of_rows_and_nothing_else(images, monkeypatch):
+    def keep(figure, _path, **_):
+        drawn.append([list(one.get_ydata()) for axes in figure.axes for one in axes.lines])
+
+    monkeypatch.setattr(pictures.Figure, "savefig", keep)
+    usual = [
+        line(value - place, method, ratio, penalty)
+        for penalty, value in (("plain", 90.0), ("nuclear", 91.0))
+        for method, ratio in (("dense", 0.0), ("dense + BatchNorm", 0.0), *((one, 0.7) for one in tables.METHODS))
+        for place in [len(method) / 10]
+    ]
+    other = [one | {"method": with_images(one["method"], images)} for one in usual if "+" in one["method"]]
+    other += [one for one in usual if "+" not in one["method"]]
+    pages, drawn = [], []
+    for lines in (usual, other):
+        (group,) = tables.groups_of(lines)
+        pages.append(tables.format_group(group, {}))
+        for draw in (pictures.draw_overview, pictures.draw_accuracies):
+            draw(group, [], None)
+    assert all(f"SVD + calibration, {images:,} images" in part for part in pages[1].split("### ")[3:5])
+    assert pages[1].replace(f", {images:,} images", "") == pages[0]
+    assert drawn[:2] == drawn[2:]
+
+
+def test_rows_of_the_usual_number_of_images_are_the_ones_that_are_compared():
+    more = [line(89.0, "SVD + calibration, 4,096 images"), line(70.0, "unstructured + BatchNorm, 4,096 images")]
+    (group,) = tables.groups_of([*results(), *more, line(88.0, "SVD + calibration")])
+    page = tables.format_group(group, {})
+    assert next(row for row in rows_of(page, "### Distance to") if row[1] == "SVD + calibration")[2] == "−3.00"
+    assert "SVD + calibration, 4,096 images:\n" in page
 
 
 def test_distances_are_to_the_plain_dense_mean_and_marked_where_they_are_small(page):
