@@ -48,7 +48,11 @@ def measured(rows: int, columns: int, dtype: str, form: str) -> float:
 
 def main() -> None:
     """Measure and print the table."""
-    arguments = read_arguments(make_parser(__doc__ or ""))
+    parser = make_parser(__doc__ or "")
+    parser.set_defaults(device="cpu")
+    arguments = read_arguments(parser)
+    if arguments.device != "cpu":
+        parser.error("the memory of a process is measured, which is the CPU's: run with --device cpu")
     rows = []
     for high, wide in CASES:
         layer = high * wide * 4 / 2**20

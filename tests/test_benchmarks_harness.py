@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,3 +50,17 @@ def test_a_table_names_the_command_that_made_it(monkeypatch, capsys):
     harness.publish("name", "Title", ["a"], [["1"]], parsed(words))
     command = re.search("`(.*)`", capsys.readouterr().out)[1]
     assert command == "python benchmarks/name.py --device cpu --width 4"
+
+
+def test_memory_of_the_cpu_is_not_given_out_as_that_of_a_gpu(monkeypatch, capsys):
+    memory = benchmark("memory")
+    monkeypatch.setattr(memory, "measured", lambda *_: 1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    memory.main()
+    assert "\nCPU, " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        memory.main()
+    assert "run with --device cpu" in capsys.readouterr().err
