@@ -276,7 +276,12 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=9, help="counted runs of each candidate")
     parser.add_argument("--least", type=float, default=5e-3, help="seconds of one run, of several calls if need be")
     parser.add_argument("--limit", type=float, default=30.0, help="longest call to be measured, in seconds")
-    return read_arguments(parser)
+    arguments = read_arguments(parser)
+    if not all(0 < ratio < 1 for ratio in arguments.ratios or RATIOS):
+        parser.error("--ratios must be strictly between 0 and 1")
+    if "graphs" in (arguments.modes or ()) and not arguments.device.startswith("cuda"):
+        parser.error("--modes graphs are CUDA's: run with --device cuda, or in the modes eager and compile")
+    return arguments
 
 
 def main() -> None:

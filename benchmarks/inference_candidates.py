@@ -11,6 +11,7 @@ import torch
 from peers import PEERS, replaced_
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from unreachable import is_unreachable
 
 import torchsmooth
 from torchsmooth._derive import derive, is_tunable
@@ -160,7 +161,10 @@ class Subject:
             yield _channels_last(dense)
         for group in groups:
             name = GROUPS[group].title
-            plan = self.plans(group, inputs)[ratio]
+            try:
+                plan = self.plans(group, inputs)[ratio]
+            except ValueError as error:
+                plan = str(error)
             if isinstance(plan, str):
                 yield Candidate(name, problem=plan)
                 continue
@@ -190,7 +194,11 @@ class Subject:
 
 
 def reachable_plans(model: nn.Module, ratios: Sequence[float], **options: Any) -> dict[float, Any]:
-    """Plan for each ratio from one decomposition; where one cannot be reached, say why instead."""
+    """Plan for each ratio from one decomposition; where one cannot be reached, say why instead.
+
+    Raises:
+        ValueError: if planning fails for another reason.
+    """
     wanted, found = sorted(ratios), {}
     while wanted:
         plans = _swept(model, wanted, options)
@@ -208,6 +216,8 @@ def _swept(model: nn.Module, ratios: Sequence[float], options: dict[str, Any]) -
     try:
         return torchsmooth.sweep(model, ratios, **options)
     except ValueError as error:
+        if not is_unreachable(error):
+            raise
         return str(error)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of time stand on: their models, the layers of others, the counting, the tables."""
+"""What the benchmarks of time stand on: the layers of others, the counting, the tables."""
 
 from __future__ import annotations
 
@@ -44,66 +44,6 @@ def options(**given):
 
 def small_entry():
     return timed_models.Entry(lambda: fill_(LlamaBlock(16, 24, 2), 0), (5, 16))
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
-
-
-@given(seeds, st.integers(2, 20), st.integers(2, 20), st.floats(0.1, 2.0))
-@settings(max_examples=20)
-def test_spectra_decay_by_a_power_law_and_norms_are_kept(seed, rows, columns, exponent):
-    layer = fill_(nn.Linear(columns, rows), seed)
-    before = layer.weight.detach().double()
-    assert timed_models.decay_spectra_(layer, exponent) is layer
-    high, wide = (torch.arange(1, size + 1, dtype=torch.float64) ** -exponent for size in (rows, columns))
-    scaled = high[:, None] * before * wide
-    expected = torch.linalg.svdvals(scaled) * before.norm() / scaled.norm()
-    torch.testing.assert_close(
-        torch.linalg.svdvals(layer.weight.detach().double()), expected, rtol=1e-4, atol=1e-6 * float(expected[0])
-    )
-
-
-def test_a_wide_random_weight_becomes_one_that_a_low_rank_serves():
-    before, after = (fill_(nn.Conv2d(64, 64, 3), 0) for _ in range(2))
-    timed_models.decay_spectra_(after, timed_models.EXPONENT)
-    kept = [torchsmooth.spectrum(nn.Sequential(one)).layers[0].energy(0.7) for one in (before, after)]
-    assert kept[0] < 0.6
-    assert kept[1] > 0.9
-
-
-def test_the_parts_of_an_attention_decay_apart_and_odd_axes_stay():
-    attention = fill_(nn.MultiheadAttention(12, 2), 0)
-    linear = nn.Linear(12, 12, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(attention.in_proj_weight[12:24])
-    timed_models.decay_spectra_(attention, 0.7)
-    timed_models.decay_spectra_(linear, 0.7)
-    torch.testing.assert_close(attention.in_proj_weight[12:24], linear.weight)
-    single = fill_(nn.Linear(7, 1), 0)
-    before = single.weight.clone()
-    assert torch.equal(timed_models.decay_spectra_(single, 0.7).weight, before)
-
-
-def test_a_model_is_always_the_same():
-    entry = timed_models.Entry(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)), (6,))
-    one, two = entry.model(), entry.model()
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not one.training
-    assert torch.equal(entry.inputs(3), entry.inputs(3))
-    assert entry.inputs(3).shape == (3, 6)
-
-
-@given(seeds)
-@settings(max_examples=5)
-def test_a_block_of_llama_looks_back_only(seed):
-    block = fill_(LlamaBlock(16, 24, 2), seed).double()
-    x = randn(2, 6, 16, seed=seed)
-    changed = x.clone()
-    changed[:, 4:] += 1
-    before, after = block(x), block(changed)
-    torch.testing.assert_close(before[:, :4], after[:, :4])
-    assert (before[:, 4:] - after[:, 4:]).abs().min() > 0
-    assert sum(isinstance(one, nn.Linear) and one.bias is None for one in block.modules()) == 7
 
 
 # --------------------------------------------------------------------------------------------------------------- peers
@@ -222,6 +162,30 @@ def test_a_ratio_that_cannot_be_reached_takes_only_the_larger_ones_with_it():
     assert [isinstance(plans[ratio], str) for ratio in (0.5, 0.7, 0.95, 0.99)] == [False, False, True, True]
 
 
+def test_another_error_of_a_plan_is_none_of_an_unreachable_ratio():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"between 0 and 1 .*got 1\.5"):
+        candidates.reachable_plans(model, [0.5, 1.5])
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        candidates.reachable_plans(model, [0.5])
+
+
+def test_a_target_that_cannot_be_planned_says_why_and_the_others_are_there(monkeypatch):
+    def planned(model, ratios, **options):
+        if options.get("target") == "macs":
+            raise ValueError("the weight of layer '0' is odd.")
+        return sweep(model, ratios, **options)
+
+    sweep = torchsmooth.sweep
+    monkeypatch.setattr(torchsmooth, "sweep", planned)
+    subject = candidates.Subject(small_entry(), "cpu", torch.float32, [0.5])
+    found = {one.name: one for one in subject.candidates(2, 0.5, ["macs", "params"])}
+    assert found["target macs"].problem == "the weight of layer '0' is odd."
+    assert found["target params"].model is not None
+
+
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -241,6 +205,23 @@ def test_what_is_measured_follows_the_options():
     assert {one.mode for one in inference.settings_of(options(device="cuda"))} == set(inference.MODES)
     some = inference.settings_of(options(models=["vgg16_224"], batches=[2], dtypes=["bfloat16"], modes=["eager"]))
     assert some == {inference.Setting("vgg16_224", "bfloat16", "eager"): inference.Run([2], inference.RATIOS)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--modes", "graphs"], "--modes graphs are CUDA's"),
+        (["--modes", "eager", "graphs"], "--modes graphs are CUDA's"),
+        (["--ratios", "0.5", "1.5"], "--ratios must be strictly between 0 and 1"),
+        (["--ratios", "0"], "--ratios must be strictly between 0 and 1"),
+        (["--ratios", "nan"], "--ratios must be strictly between 0 and 1"),
+    ],
+)
+def test_options_that_measure_nothing_are_refused(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit):
+        inference.read_options()
+    assert message in capsys.readouterr().err
 
 
 def test_a_cell_has_the_speed_up_over_the_faster_dense_model():
