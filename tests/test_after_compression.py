@@ -11,8 +11,9 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.low_rank_networks import NETWORKS, difference, every_form, network
+from tests.networks import small_resnet
 from tests.strategies import randn
-from torchsmooth import restore_dense_
+from torchsmooth import restore_dense_, svd_compress_
 from torchsmooth._lowrank_layer import LowRankLayer
 
 each_network = pytest.mark.parametrize("name", NETWORKS)
@@ -142,6 +143,18 @@ def test_it_can_be_trained_on(name):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def test_an_optimizer_from_before_steps_what_was_not_replaced_and_leaves_the_factors():
+    model = small_resnet(width=16).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    svd_compress_(model, 0.5)
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    model(randn(4, 3, 32, 32, seed=0, dtype=torch.float32)).square().mean().backward()
+    optimizer.step()
+    factors = {id(child.weight) for child in factors_of(model)}
+    stayed = {name for name, one in model.named_parameters() if torch.equal(one, before[name])}
+    assert stayed == {name for name, one in model.named_parameters() if id(one) in factors}
 
 
 @each_network
