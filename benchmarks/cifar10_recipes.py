@@ -34,7 +34,7 @@ class Recipe:
         """Read a recipe: its name, and what to change of it, as in ``sgd,batch_size=512,peak_rate=0.4``.
 
         Raises:
-            ValueError: if there is no such recipe, or nothing in it to change by that name.
+            ValueError: if there is no such recipe, nothing in it to change by that name, or no image in a batch.
         """
         name, *changes = spec.split(",")
         if name not in RECIPES:
@@ -46,7 +46,10 @@ class Recipe:
             if field not in numbers:
                 raise ValueError(f"a recipe has {', '.join(numbers)} to change, got {change!r} in {spec!r}.")
             changed[field] = numbers[field](value)
-        return replace(RECIPES[name], **changed)
+        recipe = replace(RECIPES[name], **changed)
+        if recipe.batch_size < 1:
+            raise ValueError(f"the batch_size of a recipe must be at least 1, got {recipe.batch_size} in {spec!r}.")
+        return recipe
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Make the optimizer of a model, with weight decay on the weights of layers alone."""

@@ -179,7 +179,10 @@ def test_a_recipe_can_be_changed_by_name():
     assert changed.weight_decay == recipes.RECIPES["sgd"].weight_decay
 
 
-@pytest.mark.parametrize("spec", ["adam", "", "sgd,momentum=0.5", "sgd,optimizer=adamw", "sgd,peak_rate", "sgd,"])
+NO_RECIPES = ["adam", "", "sgd,momentum=0.5", "sgd,optimizer=adamw", "sgd,peak_rate", "sgd,"]
+
+
+@pytest.mark.parametrize("spec", [*NO_RECIPES, "sgd,batch_size=0", "adamw,batch_size=-1"])
 def test_a_recipe_that_is_none_is_refused(spec):
     with pytest.raises(ValueError, match="recipe|could not convert"):
         Recipe.of(spec)
