@@ -44,7 +44,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.3, help="fraction of the target to remove")
     parser.add_argument("--width", type=int, default=64, help="channels of the convolutions")
     parser.add_argument("--batch", type=int, default=8, help="images at a time, of 32×32 pixels")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not 0 < options.ratio < 1:
+        parser.error(f"--ratio must be strictly between 0 and 1 (0.3 = 30 % less), got {options.ratio:g}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, CompressionPlan]:
@@ -59,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, CompressionPlan]:
         try:
             plan = torchsmooth.plan_compression(model, options.ratio, target=target, example_inputs=inputs)
         except ValueError as error:
-            print(f"\n{target}: not to be had on this machine.\n{error}")
+            where = " on this machine" if target == "latency" else ""
+            print(f"\n{target}: not to be had{where}.\n{error}")
             continue
         plans[target] = plan
         print(f"\n{target}: {plan.parameters_before:,} → {plan.parameters_after:,} parameters")

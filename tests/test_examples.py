@@ -41,6 +41,15 @@ def test_a_torchvision_model(example, tmp_path):
     assert sum(one.numel() for one in again.parameters()) == report.parameters_after
 
 
+def test_a_model_around_another_one_downloads_nothing(example, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("it downloads")
+
+    monkeypatch.setattr(import_torchvision().models.WeightsEnum, "get_state_dict", refuse)
+    options = ["--model", "lraspp_mobilenet_v3_large", "--size", "32", "--batches", "1", "--ratio", "0.2"]
+    assert example("torchvision_model").main(options).ratio >= 0.2
+
+
 def test_a_transformer(example, capsys):
     table = example("transformer").main(["--epochs", "2", "--ratios", "0.5"])
     assert len(table) == 4
@@ -58,6 +67,13 @@ def test_targets(example, capsys):
     assert plans["macs"].macs_after <= 0.7 * plans["macs"].macs_before
     # Only the time may be out of reach: that is up to the machine.
     assert ("not to be had" in capsys.readouterr().out) == ("latency" not in plans)
+
+
+@pytest.mark.parametrize("ratio", ["0", "2", "-0.1", "nan"])
+def test_a_ratio_that_is_none_is_not_put_down_to_the_machine(example, capsys, ratio):
+    with pytest.raises(SystemExit):
+        example("latency_target").main(["--ratio", ratio])
+    assert "--ratio must be strictly between 0 and 1" in capsys.readouterr().err
 
 
 def test_distributed_on_one_process(example, monkeypatch, tmp_path):
