@@ -63,7 +63,8 @@ def within_budget(frontiers: Sequence[Frontier], budget: int) -> list[int]:
     """
 
     def chosen(multiplier: float) -> list[int]:
-        return [int((one.errors + multiplier * one.costs).argmin()) for one in frontiers]
+        # Costs are integers, which a float would turn into the default dtype: in float16 many are infinite.
+        return [int((one.errors + multiplier * one.costs.double()).argmin()) for one in frontiers]
 
     best = [len(one.costs) - 1 for one in frontiers]
     if _cost(frontiers, best) > budget:

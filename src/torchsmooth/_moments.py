@@ -150,7 +150,9 @@ def drawn_positions(examples: int, positions: int, seed: int) -> Tensor:
     if positions <= POSITIONS:
         return torch.arange(positions, device="cpu").expand(examples, positions)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.rand(examples, positions, generator=generator, device="cpu").topk(POSITIONS, dim=1).indices
+    # In a dtype of its own: in another one, the generator draws other numbers.
+    drawn = torch.rand(examples, positions, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.topk(POSITIONS, dim=1).indices
 
 
 def input_rows(layer: nn.Module, given: Tensor, seed: int) -> Tensor:
