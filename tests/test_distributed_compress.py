@@ -15,7 +15,8 @@ from tests.distributed.launch import launch_once
 from tests.networks import mlp, same, snapshot
 from tests.strategies import randn, seeds
 from torchsmooth import svd_compress_
-from torchsmooth._alike import _checksum, prepared_
+from torchsmooth._alike import prepared_
+from torchsmooth._checksum import checksum
 from torchsmooth._options import decomposition_work
 from torchsmooth._ranks import ALONE, Ranks, team_of
 from torchsmooth._whole import check_whole
@@ -59,22 +60,41 @@ def test_large_decompositions_count_more_than_many_small_ones():
 def test_the_checksum_of_a_tensor_sees_any_change(seed, dtype):
     values = randn(4, 6, 3, 3, seed=seed)
     tensor = values.gt(0) if dtype is torch.bool else (100 * values).to(dtype)
-    known = _checksum(tensor)
-    assert known == _checksum(tensor.clone()) == _checksum(tensor.contiguous(memory_format=torch.channels_last))
+    known = checksum(tensor)
+    assert known == checksum(tensor.clone()) == checksum(tensor.contiguous(memory_format=torch.channels_last))
     for change in (tensor.flip(0), tensor.transpose(2, 3), tensor.roll(1, 1)):
-        assert torch.equal(change, tensor) == (_checksum(change.contiguous()) == known)
+        assert torch.equal(change, tensor) == (checksum(change.contiguous()) == known)
     changed = tensor.clone()
     changed[3, 5, 2, 2] = 1 - changed[3, 5, 2, 2].to(torch.int64) if dtype is torch.bool else changed[3, 5, 2, 2] + 1
-    assert _checksum(changed) != known
+    assert checksum(changed) != known
+
+
+@given(
+    data=st.data(),
+    seed=seeds,
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8]),
+    length=st.integers(1, 40),
+    offset=st.integers(0, 9),
+)
+def test_the_checksum_sees_one_bit_and_nothing_of_what_lies_around(data, seed, dtype, length, offset):
+    values = randn(length + offset, seed=seed)
+    tensor = (100 * values).abs().to(dtype)
+    known = checksum(tensor[offset:])
+    assert checksum(tensor[offset:].clone()) == known
+    strided = torch.stack([tensor, tensor.flip(0)], 1)
+    assert checksum(strided[offset:, 0]) == known
+    octets = tensor[offset:].clone().view(torch.uint8)
+    octets[data.draw(st.integers(0, len(octets) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(octets.view(dtype)) != known
 
 
 def test_the_checksum_does_not_depend_on_how_much_is_summed_at_a_time(monkeypatch):
-    tensor = randn(40, 40, seed=0)
-    known = _checksum(tensor)
-    monkeypatch.setattr(torchsmooth._alike, "_CHUNK", 100)
-    assert _checksum(tensor) == known
-    assert _checksum(torch.zeros(0)) == 0
-    assert _checksum(torch.zeros(3, device="meta")) is _checksum(torch.zeros(3).to_sparse()) is None
+    tensor = randn(301, 301, seed=0)
+    known = checksum(tensor)
+    monkeypatch.setattr(torchsmooth._checksum, "_CHUNK", 3)
+    assert checksum(tensor) == known
+    assert checksum(torch.zeros(0)) == 0
+    assert checksum(torch.zeros(3, device="meta")) is checksum(torch.zeros(3).to_sparse()) is None
 
 
 def test_a_process_alone_has_nobody_to_talk_to(monkeypatch):

@@ -290,6 +290,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_ranks",
         "_arrival",
         "_alike",
+        "_checksum",
         "_pivoting",
         "_pivoted_modules",
         "_lowrank_conv",

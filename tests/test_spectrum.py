@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.networks import mlp, small_resnet
 from tests.strategies import convolutions, hard_matrices, randn, seeds
-from torchsmooth import _options, plan_compression, sweep
+from torchsmooth import CompressionPlan, _options, plan_compression, sweep
 from torchsmooth._decompose import decompose
 from torchsmooth._layers import FoundLayer
 from torchsmooth._leading import truncated_factors
@@ -100,6 +100,50 @@ def test_a_basis_is_not_used_for_another_weight(seed, rank, change, with_basis):
         }[change]
     assert all(map(torch.equal, spectrum.factors(other, rank), truncated_factors(other, rank)))
     assert all(map(torch.equal, spectrum.factors(matrices, rank), truncated_factors(matrices, rank)))
+
+
+@settings(max_examples=60)
+@given(
+    seed=seeds,
+    rank=st.integers(1, 6),
+    scale=st.integers(0, 12).map(lambda power: 10.0**-power),
+    dtype=st.sampled_from(DTYPES),
+    with_basis=st.booleans(),
+)
+def test_a_basis_is_not_used_for_a_weight_with_much_in_common(seed, rank, scale, dtype, with_basis):
+    common = torch.ones(2, 6, 9, dtype=torch.float64)
+    matrices, other = ((common + scale * randn(2, 6, 9, seed=seed + one)).to(dtype) for one in range(2))
+    spectrum = Spectrum(matrices, with_basis=with_basis)
+    spectrum.factors(matrices, rank)
+    assert all(map(torch.equal, spectrum.factors(other, rank), truncated_factors(other, rank)))
+    pairs, known = (min(rank, 2), min(rank, 3)), TuckerSpectrum(matrices.unflatten(2, (3, 3)))
+    tensors = other.unflatten(2, (3, 3))
+    assert all(map(torch.equal, known.factors(tensors, pairs), tucker_factors(tensors, pairs)))
+
+
+@given(seeds, st.integers(1, 5))
+def test_a_matrix_is_not_taken_for_its_transpose_which_has_the_same_memory(seed, rank):
+    matrices = randn(1, 5, 5, seed=seed)
+    spectrum = Spectrum(matrices, with_basis=True)
+    assert all(map(torch.equal, spectrum.factors(matrices.mT, rank), truncated_factors(matrices.mT, rank)))
+
+
+@settings(max_examples=20)
+@given(seeds, st.sampled_from(["factored", "pivoted"]), st.sampled_from(["channel", "input", "spatial", "tucker"]))
+def test_a_plan_for_one_training_serves_another_as_well_as_its_file_does(seed, form, scheme):
+    def trained(number):  # both have learnt the same mean, of which the tails are far below
+        model = nn.Sequential(nn.Conv2d(8, 12, 3, bias=False), nn.Linear(24, 20, bias=False))
+        for index, layer in enumerate(model):
+            falling = 2e-3 * 0.5 ** torch.arange(len(layer.weight), dtype=torch.float64)
+            tails = randn(*layer.weight.shape, seed=seed + 10 * number + index)
+            layer.weight.data.copy_(1 + tails * falling.reshape(-1, *[1] * (tails.dim() - 1)))
+        return model
+
+    plan = plan_compression(trained(0), 0.5, form=form, scheme=scheme)
+    models = [trained(1), trained(1)]
+    for one, model in zip((plan, CompressionPlan.from_json(plan.to_json())), models, strict=True):
+        one.apply_(model)
+    assert equal(*models)
 
 
 def test_no_layer_is_decomposed_twice(solves):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_initialised, check_module
+from ._checksum import Outline
 from ._whole import check_whole
 
 if TYPE_CHECKING:
@@ -17,19 +18,6 @@ if TYPE_CHECKING:
     from ._ranks import Team
 
 _ALONE = "To compress on one rank alone, use plan_compression(model, ...).apply_(model)."
-
-# Entries that are summed up at a time, to bound the memory that their copies in 64 bits take.
-_CHUNK = 1 << 20
-# Odd numbers of which the places of entries become numbers like random ones (those of the generator SplitMix64).
-_MIXERS = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
-
-
-class _Outline(NamedTuple):
-    """What two tensors of the same name have in common if they are the same."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    checksum: int | None
 
 
 @contextmanager
@@ -56,9 +44,9 @@ def prepared_(team: Team, model: nn.Module, arguments: Mapping[str, object]) -> 
     check_module(model)
     check_initialised(model)
     check_whole(model)
-    _refuse_differences(team, {name: _outline(one) for name, one in model.named_parameters()}, _other_tensor)
+    _refuse_differences(team, {name: Outline.of(one) for name, one in model.named_parameters()}, _other_tensor)
     buffers = dict(model.named_buffers())
-    outlines = {name: _outline(one) for name, one in buffers.items()}
+    outlines = {name: Outline.of(one) for name, one in buffers.items()}
     _refuse_differences(team, {name: one[:2] for name, one in outlines.items()}, _other_tensor)
     first, *others = team.gather(outlines)
     differing = [one for name, one in buffers.items() if any(there[name] != first[name] for there in others)]
@@ -109,26 +97,3 @@ def _other_tensor(name: str, first: Any, other: Any, ranks: tuple[int, int]) -> 
         "rank's weights to all: for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, src=0). "
         f"{_ALONE}"
     )
-
-
-def _outline(tensor: Tensor) -> _Outline:
-    return _Outline(tuple(tensor.shape), str(tensor.dtype), _checksum(tensor.detach()))
-
-
-def _checksum(tensor: Tensor) -> int | None:
-    """Sum up the bits of each entry times a number that its place stands for; None for what has no such bits.
-
-    Whole numbers modulo 2⁶⁴: the order of summing does not matter, so that all devices and machines agree.
-    """
-    plain = type(tensor.data) is Tensor and tensor.layout is torch.strided
-    if not plain or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-        return None
-    entries = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[entries.element_size()]
-    bits = entries.contiguous().flatten().view(kind)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(bits), _CHUNK):
-        values = bits[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(start + 1, start + 1 + len(values), device=tensor.device) * _MIXERS[0]
-        total += (values * ((places ^ (places >> 29)) * _MIXERS[1])).sum()
-    return int(total)

@@ -6,20 +6,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ._checksum import Outline
 from ._decompose import decompose, is_good_for, singular_values
 from ._leading import is_few, truncated_factors, whole_basis
-from ._linalg import factors_in, relative_tail_energies, squared_norms
+from ._linalg import factors_in, relative_tail_energies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-# How far, relative to the largest one of its group, squared singular values may be from those that were found first: a
-# weight may be decomposed in float32 one time, and in another way the next.
-_SAME = 2e-5
-# The same for the squared norm of the weight.
-_SAME_NORM = 1e-5
 
 
 class Decomposition(Protocol):
@@ -59,7 +54,7 @@ class Spectrum:
 
     def __init__(self, matrices: Tensor, *, with_basis: bool, keep: bool = True) -> None:
         self._basis: Tensor | None = None
-        self._keep = keep
+        self._keep, self._outline = keep, _outline(matrices)
         if with_basis:
             values, basis = decompose(matrices)
             self._values, self._basis = values.cpu(), basis.cpu()
@@ -73,12 +68,13 @@ class Spectrum:
             return [cls(several[0], with_basis=with_basis, keep=keep)]
         together = cls(torch.cat(list(several)), with_basis=with_basis, keep=keep)
         found = []
-        for group in range(0, len(together._values), len(several[0])):
+        for number, matrices in enumerate(several):
             one = cls.__new__(cls)
-            part = slice(group, group + len(several[0]))
+            part = slice(number * len(matrices), (number + 1) * len(matrices))
             # Clones, or each would keep all of them in memory.
             one._values, one._keep = together._values[part].clone(), keep
             one._basis = None if together._basis is None else together._basis[part].clone()
+            one._outline = _outline(matrices)
             found.append(one)
         return found
 
@@ -102,36 +98,26 @@ class Spectrum:
             matrices: ``(groups, m, n)``, those of this spectrum or any others of the same shape.
             rank: 1 … full rank.
         """
+        if _outline(matrices) != self._outline:  # the weight of another model, or of another day
+            return truncated_factors(matrices, rank)
         basis = self._basis
         if basis is None:
             if not self._keep and is_few(matrices, rank):
                 return truncated_factors(matrices, rank)
-            values, basis = decompose(matrices)
-            if not self._agrees(values):  # the weight of another model: nothing to keep
-                return truncated_factors(matrices, rank)
+            basis = decompose(matrices)[1]
             self._basis = basis.cpu() if self._keep else None
         if not is_good_for(self._values, basis, rank):
             basis = decompose(matrices, exact=True)[1]
-        up, down, sizes = factors_in(basis[..., :rank], matrices)
-        return (up, down) if self._holds(sizes, matrices) else truncated_factors(matrices, rank)
-
-    def _agrees(self, values: Tensor) -> bool:
-        """Check singular values against those known here, in each group."""
-        scale = self._values.amax(-1, keepdim=True)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # or squares would leave the range of float64
-        found, kept = ((one / scale).square() for one in (values.cpu(), self._values[..., : values.shape[-1]]))
-        return bool(((found - kept).abs() <= _SAME).all())
-
-    def _holds(self, sizes: Tensor, matrices: Tensor) -> bool:
-        """Check that the basis belongs to the matrices: what it holds of them, and what it leaves, is as it was."""
-        scale = self._values.amax(-1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        whole = squared_norms(matrices.detach(), scale)
-        expected = (self._values / scale.unsqueeze(-1)).square().sum(-1)
-        return self._agrees(sizes) and bool(((whole - expected).abs() <= _SAME_NORM * expected).all())
+        return factors_in(basis[..., :rank], matrices)[:2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spectrum:
         return self  # nothing of it ever changes, but that a basis comes to be known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_values": self._values, "_basis": None, "_keep": self._keep}
+        return {"_values": self._values, "_basis": None, "_keep": self._keep, "_outline": self._outline}
+
+
+def _outline(matrices: Tensor) -> tuple[bool, Outline]:
+    """Outline matrices or, where those lie in memory in order, their transposes: otherwise a copy would be made."""
+    transposed = matrices.mT.is_contiguous()
+    return transposed, Outline.of(matrices.mT if transposed else matrices)

@@ -22,9 +22,6 @@ from ._linalg import eigen, inner_products, orthonormal, working_copy
 # from what is missing, each further one about a tenth of what the last one took: below this share, the rest is left.
 _SWEEPS, _WORTH_A_SWEEP = 3, 1e-3
 
-# How far the energies of a core may be from those of the tensors that its bases are from, as shares of the whole.
-_SAME = 1e-6
-
 
 def _scaled(tensors: Tensor) -> tuple[Tensor, Tensor]:
     """Divide by a power of two, so that squares stay in the range of float64; also return that power."""
@@ -92,12 +89,9 @@ def tucker_energies(tensors: Tensor, bases: tuple[Tensor, Tensor]) -> Tensor:
         bases: as of :func:`tucker_bases`, or the first columns of them.
     """
     work, _ = _scaled(tensors)
-    return _shares(tucker_core(work, *(basis.to(work) for basis in bases)), work)
-
-
-def _shares(core: Tensor, tensors: Tensor) -> Tensor:
+    core = tucker_core(work, *(basis.to(work) for basis in bases))
     energies = core.square().sum((0, 3)).mT.cpu()
-    whole = float(tensors.square().sum())
+    whole = float(work.square().sum())
     return energies / whole if whole > 0 else energies
 
 
@@ -135,16 +129,13 @@ def tucker_factors(
     tensors: Tensor,
     ranks: tuple[int, int],
     bases: tuple[Tensor, Tensor] | None = None,
-    energies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate tensors at a pair of ranks: never worse than the truncated higher-order SVD, a little better.
 
     Args:
         tensors: ``(groups, out, in, k)``, any floating dtype, finite.
         ranks: ``(r_in, r_out)``, each 1 … the full rank of its side.
-        bases: what :func:`tucker_bases` returned for these tensors, or perhaps for others; None where nothing is known.
-        energies: those of the tensors that the bases are from, as of :func:`tucker_energies`. Where these tensors have
-            others, the bases are not theirs and are computed.
+        bases: what :func:`tucker_bases` returned for these tensors; None where it is not known.
 
     Returns:
         ``up`` ``(groups, out, r_out)`` and ``down`` ``(groups, r_in, in)``, with orthonormal columns and rows, and the
@@ -159,11 +150,6 @@ def tucker_factors(
     work, power = _scaled(tensors)
     outer, inner = _leading(tucker_bases(tensors) if bases is None else bases, ranks, work)
     core = tucker_core(work, outer, inner)
-    if bases is not None and energies is not None:
-        difference = (_shares(core, work) - energies[:r_in, :r_out]).abs()
-        if bool((difference > _SAME).any()):
-            outer, inner = _leading(tucker_bases(tensors), ranks, work)
-            core = tucker_core(work, outer, inner)
     if r_in < work.shape[2] or r_out < work.shape[1]:
         whole, caught = work.square().sum((1, 2, 3)), core.square().sum((1, 2, 3))
         for _ in range(_SWEEPS):

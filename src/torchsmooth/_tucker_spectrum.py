@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._checksum import Outline
 from ._linalg import orthonormal
 from ._tucker import tucker_bases, tucker_energies, tucker_errors, tucker_factors
 
@@ -29,6 +30,7 @@ class TuckerSpectrum:
         outer, inner = orthonormal(outer), orthonormal(inner)
         self._bases: tuple[Tensor, Tensor] | None = (outer.cpu(), inner.cpu())
         self._energies = tucker_energies(tensors, (outer, inner))
+        self._outline = Outline.of(tensors)
 
     def forget_(self) -> None:
         """Let go of the bases: they are computed again when they are needed."""
@@ -39,7 +41,7 @@ class TuckerSpectrum:
         return tucker_errors(self._energies)
 
     def factors(self, tensors: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what ``tucker_factors`` does, without decomposing again if the bases hold as much of these tensors.
+        """Return what ``tucker_factors`` does, without decomposing again if these are the tensors known here.
 
         The bases are refined for the pair of ranks in any case.
 
@@ -47,10 +49,11 @@ class TuckerSpectrum:
             tensors: ``(groups, out, in, k)``, those of this spectrum or any others of the same shape.
             ranks: ``(r_in, r_out)``, each 1 … full rank.
         """
-        return tucker_factors(tensors, ranks, self._bases, self._energies)
+        known = self._bases is not None and Outline.of(tensors) == self._outline
+        return tucker_factors(tensors, ranks, self._bases if known else None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TuckerSpectrum:
         return self  # nothing of it ever changes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_energies": self._energies, "_bases": None}
+        return {"_energies": self._energies, "_bases": None, "_outline": self._outline}
