@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
-from tests.strategies import fill_, randn, seeds
+from tests.strategies import fill_, low_rank, randn, seeds
 from torchsmooth import plan_compression
 from torchsmooth._tucker_layout import no_more
 
@@ -308,6 +308,38 @@ def test_low_rank_layers_are_planned_at_what_they_cost_now():
     assert again["0"].parameters_before == model[0].down.weight.numel() + model[0].up.weight.numel()
     assert again["0"].rank is None or again["0"].rank < model[0].rank
     assert again["2"].rank is not None
+
+
+@pytest.mark.parametrize("options", [{"filter_fn": lambda module, name: name == "more"}, {"target": "macs"}])
+@settings(max_examples=20)
+@given(
+    st.sampled_from(
+        [
+            nn.Linear(12, 20),
+            nn.Embedding(20, 12),
+            nn.Conv1d(12, 16, 3, groups=2),
+            nn.Conv2d(12, 16, (3, 2)),
+            nn.Conv2d(12, 16, 3, groups=2),
+            nn.Conv3d(12, 16, 2),
+            nn.ConvTranspose1d(12, 16, 3, groups=2),
+            nn.ConvTranspose2d(12, 16, (3, 2)),
+        ]
+    ),
+    st.data(),
+)
+def test_low_rank_layers_that_are_left_alone_have_the_shape_that_they_stand_for(options, dense, data):
+    class Network(nn.Module):  # of which only one layer is run, so that inputs fit all others
+        def __init__(self):
+            super().__init__()
+            self.more, self.other = fill_(nn.Linear(64, 64), 1), low_rank(fill_(dense, 0), data)
+
+        def forward(self, inputs):
+            return self.more(inputs)
+
+    example = {"example_inputs": torch.zeros(2, 64)} if "target" in options else {}
+    plan = plan_compression(Network(), 0.1, **options, **example)
+    assert plan["other"].reason
+    assert plan["other"].shape == tuple(dense.weight.shape)
 
 
 SPATIAL = ("spatial", "spatial_transposed")

@@ -219,6 +219,14 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     return sorted((one for one in own if one.dim() > 1), key=lambda one: -one.numel())
 
 
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of what a user takes for the weight of a layer: of the largest, or that factors stand for."""
+    if isinstance(module, LowRankLayer):
+        return tuple(module.shape_of(module))
+    weights = weights_of(module)
+    return tuple(weights[0].shape) if weights else ()
+
+
 def find_layers(model: nn.Module, known: Known | None = None) -> list[FoundLayer]:
     """List every module that holds a weight, with the reason where it has to stay dense.
 

@@ -97,6 +97,11 @@ class LowRankLayer(nn.Module):
     def orders(self) -> dict[str, Ordered]:
         """Return the children that know pivots, by name."""
 
+    @staticmethod
+    @abstractmethod
+    def shape_of(layer: Any, /) -> tuple[int, ...]:
+        """Return the shape that the weight of a dense layer has by its attributes, which a low-rank one has, too."""
+
     @abstractmethod
     def to_dense(self) -> nn.Module:
         """Merge the factors into the layer of torch that they stand for; this layer is not changed."""

@@ -9,7 +9,7 @@ from ._calibration import Calibration, grouped_weight, width_of
 from ._checks import check_choice, check_filter, check_values, is_wanted
 from ._computed import computing
 from ._expansion import refuse_low_rank
-from ._layers import KINDS, FoundLayer, find_layers, rows_of, weight_of, weights_of
+from ._layers import KINDS, FoundLayer, find_layers, rows_of, shape_of, weight_of
 from ._lowrank_layer import LowRankLayer
 from ._objective import importances
 from ._options import alike, bases_kept, decomposition_work, options_of, output_losses
@@ -174,9 +174,7 @@ def _layouts(found: FoundLayer, schemes: Sequence[str]) -> list[Layout]:
 
 
 def _layer_plan(found: FoundLayer, request: Request, options: Mapping[LayerScheme, Option]) -> LayerPlan:
-    weights = weights_of(found.module)
-    shape = tuple(weights[0].shape) if weights else ()
-    plan = LayerPlan(found.name, found.type, shape, options, found.reason, forms=request.forms)
+    plan = LayerPlan(found.name, found.type, shape_of(found.module), options, found.reason, forms=request.forms)
     plan.parameters_before = found.parameters
     plan.prices = ParameterPrices(found.parameters)
     return plan

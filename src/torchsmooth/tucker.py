@@ -194,7 +194,7 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
             TypeError: if it is not a Conv2d, or of another dtype.
             ValueError: if a rank is out of range, or the form unknown.
         """
-        weight = check_source(conv, nn.Conv2d, LowRankConv2d.shape_of)
+        weight = check_source(conv, nn.Conv2d, cls.shape_of)
         layer = uninitialised(
             cls, conv.in_channels, conv.out_channels, conv.kernel_size, rank, **geometry_of(conv),
             bias=False, device=weight.device, dtype=weight.dtype, form=form,
@@ -293,6 +293,18 @@ class TuckerConv2d(LowRankLayer, HasGeometry):
         """
         sizes = (self.in_channels, self.out_channels, self.kernel_size)
         return merged(self, nn.Conv2d, *sizes, **geometry_of(self))
+
+    @staticmethod
+    def shape_of(conv: Any) -> tuple[int, ...]:
+        """Return the shape that the weight of a dense layer has by its attributes.
+
+        Args:
+            conv: the dense layer.
+
+        Returns:
+            ``(out_channels, in_channels / groups, *kernel_size)``.
+        """
+        return LowRankConv2d.shape_of(conv)
 
     def to_dense(self) -> nn.Conv2d:
         """Do what :meth:`to_conv2d` does, under the name that all low-rank layers share."""
