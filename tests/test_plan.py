@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from tests.networks import mlp, same, small_resnet, snapshot
-from tests.strategies import seeds
-from torchsmooth import plan_compression
+from tests.strategies import randn, seeds
+from torchsmooth import LowRankLinear, plan_compression
+from torchsmooth._layers import find_layers
 
 RATIOS = st.floats(0.05, 0.85)
 
@@ -108,6 +110,59 @@ def test_a_plan_holds_for_a_copy_of_the_model():
     report = plan.apply_(other)
     assert [layer.rank for layer in report.layers] == [layer.rank for layer in plan]
     assert type(model[0]) is nn.Linear
+
+
+MORE = {
+    "linear": lambda: nn.Linear(8, 30),
+    "norm": lambda: nn.LayerNorm(8),  # of which nothing is a matrix
+    "unsupported": lambda: nn.Bilinear(4, 5, 6),
+    "attention": lambda: nn.MultiheadAttention(8, 2),
+    "recurrent": lambda: nn.Sequential(nn.GRU(8, 9), nn.LSTMCell(8, 9)),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 9)),
+    "low-rank": lambda: LowRankLinear.from_linear(nn.Linear(30, 20), rank=3),
+    "blocks": lambda: nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 4, 3)), "b": nn.Embedding(9, 8)}),
+}
+
+
+@settings(max_examples=25)
+@given(seeds, st.lists(st.sampled_from(sorted(MORE)), unique=True), st.booleans())
+def test_layers_that_a_plan_does_not_know_are_listed_with_a_reason(seed, names, calibrated):
+    class Network(nn.Module):
+        def __init__(self, more):
+            super().__init__()
+            self.body, self.more = mlp(seed), more
+
+        def forward(self, inputs):
+            return self.body(inputs)
+
+    plan = plan_compression(Network(nn.ModuleDict()), 0.4)
+    model = Network(nn.ModuleDict({name: MORE[name]() for name in names}))
+    expected = [layer.name for layer in plan] + [one.name for one in find_layers(model) if one.name.startswith("more")]
+    report = plan.apply_(model, calibration=[randn(9, 24, seed=seed, dtype=torch.float32)] if calibrated else None)
+    assert [layer.name for layer in report.layers] == expected
+    beyond = report.layers[len(plan) :]
+    assert all(layer.scheme is None and layer.reason for layer in beyond)
+    assert all(layer.parameters_before == layer.parameters_after for layer in beyond)
+    if "linear" in names:
+        assert (report["more.linear"].reason, report["more.linear"].shape) == ("not in the plan", (30, 8))
+    if "unsupported" in names:
+        assert report["more.unsupported"].reason == "Bilinear is not supported"
+    if "low-rank" in names:
+        assert (report["more.low-rank"].reason, report["more.low-rank"].shape) == ("not in the plan", (20, 30))
+    assert report.parameters_after == sum(one.numel() for one in model.parameters())
+    saved = sum(layer.parameters_before - layer.parameters_after for layer in report.layers)
+    assert report.parameters_before - report.parameters_after == saved == plan.parameters_before - plan.parameters_after
+
+
+@pytest.mark.parametrize("build", [nn.MultiheadAttention, nn.LSTM, nn.GRUCell])
+def test_parts_of_a_layer_that_the_plan_leaves_whole_are_listed_once(build):
+    model = nn.ModuleDict({"whole": build(24, 2), "linear": nn.Linear(30, 30)})
+    plan = plan_compression(copy.deepcopy(model), 0.05)
+    for layer in plan:
+        if layer.name != "linear":
+            layer.keep_dense()
+    plan["linear"].rank = 3
+    assert [layer.name for layer in plan.apply_(model).layers] == [layer.name for layer in plan]
 
 
 @pytest.mark.parametrize(

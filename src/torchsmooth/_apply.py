@@ -38,11 +38,13 @@ class Replacements(NamedTuple):
         layers: the low-rank layer for each module that gets one, with all that it takes over.
         errors: the relative error of each weight, measured, by name.
         refitted: what else a refit to data has found; None without data.
+        found: all layers of the model, also those that nothing is put in the place of.
     """
 
     layers: dict[nn.Module, LowRankLayer]
     errors: dict[str, float]
     refitted: Refitted | None
+    found: Sequence[FoundLayer]
 
 
 def replacements_for(
@@ -93,7 +95,7 @@ def replacements_for(
             for name, module in modules.items()
             for tensor in _tensors_of(replacements[module], module)
         )
-        return Replacements(replacements, errors, None)
+        return Replacements(replacements, errors, None, list(targets.values()))
     names = {module: name for name, module in modules.items()}
     refitted = refit(model, replacements, names, calibration, truncate)
     # Computed on all ranks alike, but perhaps not to the last bit: they need not be machines of one kind.
@@ -101,7 +103,7 @@ def replacements_for(
     factors = [tensor for module in names for tensor in _tensors_of(replacements[module], module)]
     team.take_((tensor, 0) for tensor in (*factors, *refitted.values))
     errors = team.first(lambda: {name: measured_error(module, replacements[module]) for module, name in names.items()})
-    return Replacements(replacements, errors, refitted)
+    return Replacements(replacements, errors, refitted, list(targets.values()))
 
 
 def _owners(layers: Iterable[LayerPlan], team: Team) -> dict[str, int]:

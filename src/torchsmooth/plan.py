@@ -15,12 +15,13 @@ from ._calibration import Calibration
 from ._checks import check_module, describe, quoted
 from ._expansion import expanded_
 from ._latency import compare_times
-from ._layers import count_parameters
+from ._layers import count_parameters, shape_of
 from ._macs import count_macs
 from ._ranks import ALONE
 from ._running import as_inputs
 from ._swap import swap_
 from ._table import format_rank, format_table
+from .layer_plan import LayerPlan
 from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table, removed_share
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from ._expansion import Expansion
+    from ._layers import FoundLayer
     from ._ranks import Team
     from ._running import Inputs
     from ._targets import Target
-    from .layer_plan import LayerPlan
 
 __all__ = ["CompressionPlan"]
+
+_LEFT_WHOLE, _NOT_PLANNED = "left whole by the plan", "not in the plan"
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +281,7 @@ class CompressionPlan:
         """Compress a model as planned, in place: the model planned for, or a copy of it with weights of its own.
 
         Args:
-            model: a model with the layers of the plan, dense, under the same names.
+            model: a model with the layers of the plan, dense, under the same names. Others stay dense, and are listed.
             example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments: inputs to count
                 multiply-accumulates or to measure time on, before and after, if that is the plan's target. Without them
                 the report has the planned multiply-accumulates, and no times.
@@ -310,7 +313,7 @@ class CompressionPlan:
             placed_(model, made, expansion.undo)
             expansion.keep_(made.layers)
             report = CompressionReport(
-                layers=tuple(_report(layer, made) for layer in self.layers),
+                layers=tuple(_report(layer, made) for layer in (*self.layers, *self._beyond(made.found))),
                 parameters_before=expansion.parameters,
                 parameters_after=count_parameters(model),
                 asked=self.asked,
@@ -322,8 +325,20 @@ class CompressionPlan:
 
     def _refusal(self, _: nn.Module, name: str) -> str:
         """Say why a composite layer of the model is not to be written in plain ones: the plan leaves it whole."""
-        planned = any(one.choice is not None and f"{one.name}.".startswith(f"{name}.") for one in self.layers)
-        return "" if planned else "left whole by the plan"
+        parts = [one for one in self.layers if f"{one.name}.".startswith(f"{name}.")]
+        if not parts:
+            return _NOT_PLANNED
+        return "" if any(one.choice is not None for one in parts) else _LEFT_WHOLE
+
+    def _beyond(self, found: Iterable[FoundLayer]) -> list[LayerPlan]:
+        """Return the layers of a model that the plan does not know, as if it left them dense."""
+        known, beyond = {layer.name for layer in self.layers}, []
+        for one in found:
+            if one.name not in known and one.reason != _LEFT_WHOLE:  # the plan knows the parts of those
+                layer = LayerPlan(one.name, one.type, shape_of(one.module), {}, one.reason or _NOT_PLANNED)
+                layer.parameters_before = one.parameters
+                beyond.append(layer)
+        return beyond
 
     def _measured(
         self,
