@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, low_rank, randn, seeds
-from torchsmooth import plan_compression
+from torchsmooth import plan_compression, svd_compress_
 from torchsmooth._tucker_layout import no_more
 
 RATIOS = st.floats(0.05, 0.85)
@@ -199,6 +199,29 @@ def test_an_error_bound_holds_for_the_factors_as_they_are_stored(seed, bound, dt
         model[0].weight.copy_(decaying)
     report = plan_compression(model, max_error=bound).apply_(model)
     assert 0 < report["0"].relative_error <= bound
+
+
+@settings(max_examples=15)
+@given(seeds, st.floats(0.3, 0.9), st.sampled_from(["auto", "factored"]), st.sampled_from([mlp, small_resnet]))
+def test_a_bound_on_errors_is_one_of_weights_whatever_the_data_says(seed, bound, form, build):
+    model, shape = build(seed), (24,) if build is mlp else (3, 8, 8)
+    few = randn(2, math.prod(shape), seed=seed)  # inputs that use few directions of the weights
+    batches = [(randn(16, 2, seed=seed + one) @ few).reshape(16, *shape).float() for one in range(2)]
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    plain, calibrated = (
+        plan_compression(model, max_error=bound, form=form, calibration=given, progress=False)
+        for given in (None, batches)
+    )
+    assert plain == calibrated
+    assert not calls  # nothing was looked at for nothing
+    assert (plain.asked, calibrated.asked) == (f"max_error {bound}", f"max_error {bound} before the refit to data")
+    assert all(layer.relative_error <= bound for layer in calibrated)
+    report = svd_compress_(model, max_error=bound, form=form, calibration=batches, progress=False)
+    assert calls
+    assert report.asked == calibrated.asked
+    assert [layer.rank for layer in report.layers] == [layer.rank for layer in plain]
+    assert all(layer.output_error is not None for layer in report.compressed)
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e150])

@@ -90,9 +90,10 @@ class Workpiece:
         model: the model, expanded.
         request: what was asked for.
         expansion: what was expanded in it.
+        weighed: whether calibration data, where there is any, weighs the ranks; a bound on errors does not ask for it.
     """
 
-    def __init__(self, model: nn.Module, request: Request, expansion: Expansion) -> None:
+    def __init__(self, model: nn.Module, request: Request, expansion: Expansion, *, weighed: bool = True) -> None:
         self.model, self.request = model, request
         found = [_unless_filtered(one, request.filter_fn, expansion) for one in find_layers(model, expansion)]
         self.parameters = expansion.parameters
@@ -118,7 +119,7 @@ class Workpiece:
 
         options = request.team.share(owners, decompose, "Decomposing layers", show=request.show)
         self.layers = [_layer_plan(one, request, options.get(one.name, {})) for one in found]
-        if request.calibration is not None:
+        if request.calibration is not None and weighed:
             self._calibrate(request.calibration, {one.name: one.module for one in found}, importance)
         self.cost = request.team.first(
             lambda: price_(
@@ -156,7 +157,8 @@ class Workpiece:
     def plan(self, ratio: float | None, max_error: float | None = None) -> CompressionPlan:
         """Make the plan for one ratio or one error bound, both checked."""
         request, kind = self.request, type(self.model).__name__
-        subject = Subject(kind, asked="" if request.calibration is None else ", ranks calibrated")
+        calibrated = ", ranks calibrated" if max_error is None else " before the refit to data"
+        subject = Subject(kind, asked="" if request.calibration is None else calibrated)
         return Planner(subject, request, self.layers, self.parameters, self.cost).plan(ratio, max_error, request.team)
 
 

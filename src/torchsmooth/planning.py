@@ -55,7 +55,8 @@ def plan_compression(
             reason.
         ratio: fraction to remove of *all* parameters of the model (or of what ``target`` says), strictly between 0 and
             1: 0.7 leaves 30 %.
-        max_error: instead of a ratio: the largest relative error allowed in each layer, strictly between 0 and 1.
+        max_error: instead of a ratio: the largest relative error allowed in the weight of each layer, strictly between
+            0 and 1.
         scheme: ``"channel"``, ``"input"``, ``"spatial"`` (the better of its two orientations), ``"tucker"`` (three
             layers, with a pair of ranks), or ``"auto"``: the best of all for each layer. A sequence, such as
             ``("channel", "spatial")``, leaves the choice among its members. Linear layers and 1×1 convolutions have
@@ -76,7 +77,8 @@ def plan_compression(
         filter_fn: ``filter_fn(module, qualified_name) -> bool``, called for each layer that could be compressed; False
             leaves it dense.
         calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the error
-            at each layer's output on this data. Give them to ``apply_`` too, which fits the factors to them.
+            at each layer's output on this data; with ``max_error`` they are not looked at, as the weights alone decide.
+            Give them to ``apply_`` too, which fits the factors to them.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
             pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
             removes what computed it; where that saves nothing, the layer stays as it is.
@@ -125,7 +127,7 @@ def planned(model: nn.Module, ratio: float | None, max_error: float | None, requ
     check_module(model)
     ratio, max_error = checked_goal(ratio, max_error, request.target)
     with expanded_(model, request.refusal) as expansion:
-        return Workpiece(model, request, expansion).plan(ratio, max_error)
+        return Workpiece(model, request, expansion, weighed=max_error is None).plan(ratio, max_error)
 
 
 @torch.inference_mode(mode=False)
