@@ -94,3 +94,32 @@ def test_a_zero_weight_among_others_loses_nothing():
     assert (plan["0"].rank, plan["0"].relative_error) == (1, 0.0)
     report = plan.apply_(model)
     assert report["0"].relative_error == 0.0
+
+
+@settings(max_examples=20)
+@given(seeds, st.floats(-2, 2), st.booleans())
+def test_with_data_too_a_layer_counts_by_the_square_of_its_weight(seed, power, centred):
+    class Network(nn.Module):  # that computes the same at any scale of one weight
+        def __init__(self, scale):
+            super().__init__()
+            self.one, self.other = (nn.Linear(6, 8, bias=centred, dtype=torch.float64) for _ in range(2))
+            for number, layer in enumerate((self.one, self.other)):
+                layer.weight.data.copy_(randn(8, 6, seed=seed + number))
+            self.other.weight.data.mul_(scale)
+            self.scale = scale
+
+        def forward(self, inputs):
+            return self.one(inputs) + self.other(inputs / self.scale)
+
+    batches = [1 + randn(40, 6, seed=seed + 2)]
+    losses = []
+    for scale in (1.0, 10.0**power):
+        plan = plan_compression(Network(scale), 0.1, calibration=batches, progress=False)
+        losses.append([plan[name].options["channel"].losses for name in ("one", "other")])
+    (one, other), (again, scaled) = losses
+    assert torch.allclose(again / again[0], one / one[0], rtol=1e-6, atol=1e-9)  # within a layer the data decides
+    assert torch.allclose(scaled / again[0], 100**power * other / one[0], rtol=1e-6, atol=1e-9)
+    inputs = batches[0] - batches[0].mean(0) if centred else batches[0]
+    outputs, values = inputs @ randn(8, 6, seed=seed).mT, torch.linalg.svdvals(inputs @ randn(8, 6, seed=seed).mT)
+    expected = [float(values[rank:].square().sum() / outputs.square().sum()) for rank in range(7)]
+    assert (one / one[0]).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -136,7 +136,7 @@ class Workpiece:
     def _calibrate(
         self, calibration: Calibration, modules: Mapping[str, nn.Module], importance: Mapping[str, float]
     ) -> None:
-        """Weigh ranks by the error at the output, where the data comes."""
+        """Weigh ranks by the relative error at the output, where the data comes; layers weigh as they do without."""
         layers = {layer.name: layer for layer in self.layers if layer.options}
 
         def weigh(name: str) -> dict[LayerScheme, Tensor]:

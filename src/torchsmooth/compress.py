@@ -88,11 +88,11 @@ def svd_compress_(
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
         calibration: a few unlabelled batches on the device of the model, such as a list of 8 tensors of 128 images, or
             a DataLoader: tensors; tuples or lists, of which the first element is the input; or dicts of keyword
-            arguments. Ranks are then weighed by the error at each layer's output on this data (with ``max_error`` the
-            weights alone decide), and factors, biases and BatchNorm statistics are fitted to it in closed form, layer
-            after layer; no gradients. A layer that the data never reaches or with inputs wider than 8,192, a transposed
-            convolution and an embedding are compressed without, and the report says so. The batches are kept in memory
-            meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
+            arguments. Ranks are then weighed by the squared relative error at each layer's output on this data, times
+            ‖W‖² (with ``max_error`` the weights alone decide), and factors, biases and BatchNorm statistics are fitted
+            to it in closed form, layer after layer; no gradients. A layer that the data never reaches or with inputs
+            wider than 8,192, a transposed convolution and an embedding are compressed without, and the report says so.
+            The batches are kept in memory meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
             pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
             removes what computed it; where that saves nothing, the layer stays as it is.

@@ -76,9 +76,10 @@ def plan_compression(
             full rank below 64 of 8, 4 or 1.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``, called for each layer that could be compressed; False
             leaves it dense.
-        calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the error
-            at each layer's output on this data; with ``max_error`` they are not looked at, as the weights alone decide.
-            Give them to ``apply_`` too, which fits the factors to them.
+        calibration: a few unlabelled batches, as for :func:`torchsmooth.svd_compress_`: ranks are weighed by the
+            squared relative error at each layer's output on this data, times :math:`\lVert W\rVert^2` as without data;
+            with ``max_error`` they are not looked at, as the weights alone decide. Give them to ``apply_`` too, which
+            fits the factors to them.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
             pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
             removes what computed it; where that saves nothing, the layer stays as it is.
@@ -163,7 +164,7 @@ def sweep(
         example_inputs: inputs to measure with, for the last two.
         rank_multiple: only ranks that are multiples of this, at least 1; None as for ``plan_compression``.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
-        calibration: a few unlabelled batches, to weigh ranks by the error at each layer's output.
+        calibration: a few unlabelled batches, to weigh ranks by the relative error at each layer's output.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
             pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
             removes what computed it; where that saves nothing, the layer stays as it is.
