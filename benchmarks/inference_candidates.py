@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peers import PEERS, replaced_
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from unreachable import is_unreachable
 
 import torchsmooth
@@ -18,6 +17,7 @@ from torchsmooth._derive import derive, is_tunable
 from torchsmooth._execution import use_
 from torchsmooth._latency import observe_calls
 from torchsmooth._lowrank_layer import LowRankLayer
+from torchsmooth._macs import count_macs
 from torchsmooth._running import as_inputs, observing
 
 if TYPE_CHECKING:
@@ -89,16 +89,8 @@ class Candidate:
 
 
 def multiply_adds(model: nn.Module, inputs: Tensor) -> int:
-    """Count the multiply-adds of a model, half of what torch calls floating-point operations."""
-    # Fused attention layers would pass the counter by.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return int(counter.get_total_flops()) // 2
+    """Count the multiply-adds of a model, as plans for ``target="macs"`` do."""
+    return count_macs(model, as_inputs(inputs))
 
 
 class Subject:
