@@ -309,6 +309,57 @@ def test_an_optimizer_that_passes_its_steps_on_is_looked_through(layers):
     assert_same_parameters(trained(double_layers(), wrapped, attach=True), reference, 0, 0)
 
 
+class Answering:
+    """A wrapper that answers for the optimizer inside, and passes for one of its class, as Lightning's does."""
+
+    def __init__(self, optimizer, *, copied):
+        self.inside = optimizer
+        self.__class__ = type("Answering", (Answering, type(optimizer)), {})
+        if copied:  # as older versions did it
+            self.__dict__ |= {name: value for name, value in vars(optimizer).items() if name != "step"}
+
+    @property
+    def optimizer(self):
+        return self.inside
+
+    def __getattr__(self, name):
+        return getattr(self.inside, name)
+
+    def step(self, closure=None):
+        return self.inside.step(closure)
+
+
+class Derived(torch.optim.SGD):
+    """Calls the step of the class it was derived from, which torch wraps, too."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Derived])
+@pytest.mark.parametrize("copied", [False, True])
+@few
+@given(seed=seeds)
+def test_a_wrapper_that_answers_for_an_optimizer_is_looked_through(kind, copied, seed):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    found = []
+    for wrapped in (False, True):
+        model = double_layers(seed)
+        raw = kind(model.parameters(), lr=0.05)
+        optimizer = Answering(raw, copied=copied) if wrapped else raw
+        handle = attach_(optimizer, model)
+        for step in range(3):
+            optimizer.zero_grad()
+            squares(model, step).backward()
+            optimizer.step()
+        assert handle.step == 3
+        for again in (raw, optimizer):
+            with pytest.raises(ValueError, match=rf"attached to this {kind.__name__} already"):
+                attach_(again, model)
+        found.append(model)
+    assert_same_parameters(*found, 0, 0)
+
+
 def test_an_optimizer_without_hooks_is_refused():
     model = double_layers()
     for inner in (None, model):

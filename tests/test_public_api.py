@@ -274,6 +274,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_polar",
         "_registered",
         "_sharded",
+        "_stepping",
         "_weight",
         "adaptive",
         "attach",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +13,7 @@ from ._accumulate import Gradients
 from ._checks import check_count, check_function, check_module, check_real, describe, quoted
 from ._registered import Registered, naming, registered_in, together, unwrapped, uses_in
 from ._sharded import sharded_for
+from ._stepping import stepping, steps_under_way
 from .adaptive import Adaptation, AdaptivePenalty
 from .penalties import added
 
@@ -76,7 +76,7 @@ def attach_(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {describe(optimizer)}.")
-    optimizer = _stepping(optimizer)
+    optimizer = stepping(optimizer)
     check_module(model)
     every = check_count(every, "every", None, "optimizer steps from one evaluation to the next")
     if schedule is not None:
@@ -91,19 +91,6 @@ def attach_(
     handle = PenaltyHandle(optimizer, model, every, schedule)
     optimizer.__dict__[_HANDLES] = attached | {id(handle): handle}
     return handle
-
-
-def _stepping(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that takes the steps, where the one at hand only passes them on, as accelerate's does."""
-    inner: object = optimizer
-    while isinstance(inner, torch.optim.Optimizer):
-        if hasattr(inner, "_optimizer_step_pre_hooks"):  # it called the constructor of its base class
-            return inner
-        inner = getattr(inner, "optimizer", None)
-    raise TypeError(
-        f"this {type(optimizer).__name__} has no step hooks, and no attribute 'optimizer' that has: attach the "
-        "torch.optim.Optimizer that takes its steps."
-    )
 
 
 def _listed(penalties: Collection[str]) -> str:
@@ -253,7 +240,7 @@ class PenaltyHandle:
         """Add the gradients; or, where the optimizer computes them itself by a closure, see that they are added."""
         # Torch calls the hooks again where the step of a class calls that of the class it was derived from. After a
         # step that has failed nothing is counted down.
-        if self._depth and _steps_under_way(self._optimizer) < self._depth + 1:
+        if self._depth and steps_under_way(self._optimizer) < self._depth + 1:
             self._depth = 0
         self._depth += 1
         if self._depth > 1:
@@ -345,13 +332,3 @@ class PenaltyHandle:
             for one in penalties
             if isinstance(one, AdaptivePenalty)
         }
-
-
-def _steps_under_way(optimizer: Optimizer) -> int:
-    """Count the calls of an optimizer's ``step``, each in the wrapper that torch puts around it, on the stack."""
-    count, frame = 0, sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if "profile_name" in frame.f_code.co_varnames and frame.f_locals.get("self") is optimizer:
-            count += 1
-    return count
