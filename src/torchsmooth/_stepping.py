@@ -1,13 +1,17 @@
-"""The steps of an optimizer: which object takes them, and how often one is under way."""
+"""The steps of an optimizer: which object takes them, what they are called with, and how often one is under way."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
 
@@ -44,3 +48,34 @@ def steps_under_way(optimizer: Optimizer) -> int:
         if "profile_name" in frame.f_code.co_varnames and frame.f_locals.get("self") is optimizer:
             count += 1
     return count
+
+
+def closure_among(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int | str, Callable[[], Any]] | None:
+    """Find the closure among the arguments of a step.
+
+    Args:
+        optimizer: whose ``step`` is called, maybe one with arguments of its own, such as the epoch.
+        args: positional arguments, the optimizer itself first.
+        kwargs: keyword arguments.
+
+    Returns:
+        The place among ``args``, or the name among ``kwargs``, and the function there: of the parameter ``closure``,
+        or where the step has none of this name, of the first function. None if there is no function.
+    """
+    names = _parameters_of_step(optimizer)
+    given: dict[int | str, Any] = dict(enumerate(args[1:], 1)) | kwargs
+    if "closure" in names:
+        given = {place: given[place] for place in (names.index("closure"), "closure") if place in given}
+    # A model can be called, too.
+    found = (place for place, one in given.items() if callable(one) and not isinstance(one, nn.Module))
+    place = next(found, None)
+    return None if place is None else (place, given[place])
+
+
+def _parameters_of_step(optimizer: Optimizer) -> list[str]:
+    try:
+        return list(inspect.signature(type(optimizer).step).parameters)
+    except (TypeError, ValueError):  # not every callable tells
+        return []

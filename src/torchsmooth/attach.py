@@ -13,7 +13,7 @@ from ._accumulate import Gradients
 from ._checks import check_count, check_function, check_module, check_real, describe, quoted
 from ._registered import Registered, naming, registered_in, together, unwrapped, uses_in
 from ._sharded import sharded_for
-from ._stepping import stepping, steps_under_way
+from ._stepping import closure_among, stepping, steps_under_way
 from .adaptive import Adaptation, AdaptivePenalty
 from .penalties import added
 
@@ -246,18 +246,17 @@ class PenaltyHandle:
         if self._depth > 1:
             return None
         factor = self._factor()
-        # The optimizer itself comes first among the arguments.
-        place = 1 if len(args) > 1 else None
-        closure = kwargs.get("closure") if place is None else args[place]
+        found = closure_among(self._optimizer, args, kwargs)
         if factor != 0.0:
             self._begin()
             for adaptation in self._adaptations.values():
                 adaptation.advance(self.step)
-            if closure is None:
+            if found is None:
                 self._add_gradients(factor, with_value=False)
         self.step += 1
-        if factor == 0.0 or closure is None:
+        if factor == 0.0 or found is None:
             return None
+        place, closure = found
 
         def completed() -> Any:
             with torch.enable_grad():
@@ -265,9 +264,9 @@ class PenaltyHandle:
             value = self._add_gradients(factor, with_value=loss is not None)
             return loss if value is None else loss + (value.to(loss.device) if isinstance(loss, Tensor) else value)
 
-        if place is None:
-            return args, kwargs | {"closure": completed}
-        return (*args[:place], completed, *args[place + 1 :]), kwargs
+        if isinstance(place, int):
+            return (*args[:place], completed, *args[place + 1 :]), kwargs
+        return args, kwargs | {place: completed}
 
     def _after_step(self, *_: object) -> None:
         self._depth = max(0, self._depth - 1)
