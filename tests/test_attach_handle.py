@@ -384,6 +384,35 @@ def test_penalties_that_were_taken_off_are_nothing_to_warn_of():
     take(model, optimizer, range(1, 2))
 
 
+@pytest.mark.parametrize("removed", [0, 2])
+@pytest.mark.parametrize("thawed", [False, True])
+def test_parameters_of_another_optimizer_are_nothing_to_warn_of(removed, thawed):
+    model = double_layers()
+    model[2].bias.requires_grad_(not thawed)
+    optimizers = [sgd(model[0].parameters()), sgd([model[2].weight])]
+    for optimizer in optimizers:
+        attach_(optimizer, model)
+    remove_penalties(model[removed])
+    model.requires_grad_()
+    squares(model, 0).backward()
+    for optimizer in optimizers:
+        optimizer.step()  # a warning is an error
+
+
+def test_a_layer_replaced_under_its_name_is_told_of_by_the_optimizer_that_had_it():
+    model = double_layers()
+    first, second = (sgd(one.parameters()) for one in (model[0], model[2]))
+    for optimizer in (first, second):
+        attach_(optimizer, model)
+    model[0] = nn.Linear(6, 5).double()
+    second.step()
+    with pytest.warns(
+        UserWarning, match=r"2 trainable parameters .* not in this SGD \(the first is '0.weight'\)"
+    ) as seen:
+        first.step()
+    assert seen[0].filename == __file__
+
+
 @dataclass(frozen=True)
 class Picky(Penalty):
     """A penalty of a user's own that does not take every weight."""

@@ -129,7 +129,9 @@ class PenaltyHandle:
                 f"{type(optimizer).__name__} (the first is {uses[0].name!r}): make the optimizer from the parameters "
                 "of the same model, after everything that replaces them (such as fully_shard or svd_compress_)."
             )
-        self._uses = 0
+        self._uses = len(uses)
+        # Those that another optimizer trains, or none: they are no news later.
+        self._left = set(self._not_stepped())
         self._begin()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -216,19 +218,26 @@ class PenaltyHandle:
         sharded = sharded_for(self._inner)
         return [one for one in tensors if id(sharded.get(id(one), one)) in stepped]
 
+    def _not_stepped(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the model that the optimizer does not step, by name."""
+        parameters = dict(self._inner.named_parameters())
+        stepped = {id(one) for one in self._stepped(parameters.values())}
+        return {name: one for name, one in parameters.items() if id(one) not in stepped}
+
     def _warn_of_replaced_layers(self) -> None:
         """Warn where penalties have gone with their layers, and the optimizer has not got what took their place."""
-        trained = {name: one for name, one in self._inner.named_parameters() if one.requires_grad}
-        stepped = {id(one) for one in self._stepped(trained.values())}
-        left = [name for name, one in trained.items() if id(one) not in stepped]
-        if left:
+        before, self._uses = self._uses, sum(1 for _ in uses_in(self._inner))
+        if self._uses >= before:
+            return
+        new = [name for name, one in self._not_stepped().items() if one.requires_grad and name not in self._left]
+        if new:
             optimizer = type(self._optimizer).__name__
             warnings.warn(
-                f"{len(left)} trainable parameters of this {type(self._inner).__name__} are not in this {optimizer} "
-                f"(the first is {left[0]!r}), and will not be trained by it. If svd_compress_ has replaced their "
+                f"{len(new)} trainable parameters of this {type(self._inner).__name__} are not in this {optimizer} "
+                f"(the first is {new[0]!r}), and will not be trained by it. If svd_compress_ has replaced their "
                 "layers: make a new optimizer, and call smooth_ and attach_ again for penalties on the new layers.",
                 UserWarning,
-                stacklevel=5,  # who calls optimizer.step, which torch wraps
+                stacklevel=4,  # who calls optimizer.step, which torch wraps
             )
 
     def _before_step(
@@ -248,6 +257,7 @@ class PenaltyHandle:
         factor = self._factor()
         found = closure_among(self._optimizer, args, kwargs)
         if factor != 0.0:
+            self._warn_of_replaced_layers()
             self._begin()
             for adaptation in self._adaptations.values():
                 adaptation.advance(self.step)
@@ -320,11 +330,7 @@ class PenaltyHandle:
 
     def _begin(self) -> None:
         """Start what adapts and is registered by now, and drop what is no longer."""
-        registered = [penalty for _, penalty in uses_in(self._inner)]
-        fewer, self._uses = len(registered) < self._uses, len(registered)
-        if fewer:
-            self._warn_of_replaced_layers()
-        penalties = dict.fromkeys(penalty for penalty in registered if penalty.strength > 0.0)
+        penalties = dict.fromkeys(penalty for _, penalty in uses_in(self._inner) if penalty.strength > 0.0)
         before = self._adaptations
         self._adaptations = {
             one: before[one] if one in before else one.begin(self._inner)
