@@ -142,6 +142,7 @@ class PenaltyHandle:
         """Undo :func:`attach_`. Calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         self._optimizer.__dict__.get(_HANDLES, {}).pop(id(self), None)
 
     def adaptation(self, penalty: AdaptivePenalty) -> Adaptation:
@@ -154,12 +155,15 @@ class PenaltyHandle:
             ValueError: if none is.
         """
         if penalty not in self._adaptations:
+            self._renew()
+        if penalty not in self._adaptations:
             known = _listed([repr(one) for one in self._adaptations])
             raise ValueError(f"{penalty} is not among the adaptive penalties of this handle: it has {known}.")
         return self._adaptations[penalty]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the state of adaptive penalties, for the training checkpoint."""
+        self._renew()
         return {
             "step": self.step,
             "adaptive": {repr(penalty): one.state_dict() for penalty, one in self._adaptations.items()},
@@ -174,6 +178,7 @@ class PenaltyHandle:
         Raises:
             ValueError: if it is something else.
         """
+        self._renew()
         mine = {repr(penalty): one for penalty, one in self._adaptations.items()}
         given: object = state
         parts = given if isinstance(given, Mapping) else {}
@@ -327,6 +332,11 @@ class PenaltyHandle:
                 else:
                     value, gradient = adaptation.term(one.name, weight)
             yield one, value, gradient, penalty.strength if adaptation is None else 1.0
+
+    def _renew(self) -> None:
+        """Begin what was registered since the last step; a handle that was removed keeps what it had."""
+        if self._hooks:
+            self._begin()
 
     def _begin(self) -> None:
         """Start what adapts and is registered by now, and drop what is no longer."""
