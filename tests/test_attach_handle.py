@@ -132,7 +132,7 @@ TAIL = RankTail(0.5, 0.05, replan_every=4, refresh_every=2)
 
 @pytest.mark.parametrize("penalties", [(), (CONSTRAINT,), (CONSTRAINT, NuclearRatio(0.2)), (TAIL,)])
 @pytest.mark.parametrize(
-    "wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager"), in_parallel]
+    "wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager"), in_parallel, nn.DataParallel]
 )
 def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(penalties, wrap, one_process):
     options = {"every": 2, "schedule": StrengthSchedule(8)}

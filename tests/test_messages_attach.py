@@ -9,7 +9,9 @@ import torch
 from tests.mistakes import Mistake, check, table
 from tests.networks import two_layers
 from torchsmooth import (
+    Constrained,
     NuclearNorm,
+    NuclearRatio,
     RankTail,
     attach_,
     smooth_,
@@ -27,7 +29,7 @@ def sgd(model):
 def stepped(model, **options):
     optimizer = sgd(model)
     attach_(optimizer, model, **options)
-    model(torch.ones(2, 6)).sum().backward()
+    model(torch.ones(2, 6, device=model[0].weight.device)).sum().backward()
     optimizer.step()
 
 
@@ -124,6 +126,26 @@ ATTACHED = [
         TypeError,
         "schedule(0) must be a real number, got str '1'.",
         model=smoothed(),
+    ),
+    *(
+        Mistake(
+            f"{penalty} on weights without values",
+            stepped,
+            ValueError,
+            (
+                f"{type(penalty).__name__} on tensor 'weight' of '0' (Linear): the nuclear norm needs a weight with "
+                "values, but this one is on the meta device: load the weights first (for instance "
+                "model.to_empty(device=...), then load_state_dict)."
+            ),
+            model=lambda penalty=penalty: smooth_(two_layers().to("meta"), penalty),
+        )
+        for penalty in (
+            NuclearNorm(),
+            NuclearNorm(method="polar_express"),
+            NuclearRatio(),
+            Constrained(NuclearNorm()),
+            Constrained(NuclearRatio()),
+        )
     ),
     Mistake(
         "a copy of a handle",

@@ -83,6 +83,15 @@ def to_weight(matrices: Tensor, shape: Sequence[int], scheme: str, groups: int, 
     return channel_view(weight, groups, transposed=transposed).reshape(shape) if transposed else weight
 
 
+def check_present(matrices: Tensor) -> None:
+    """Refuse matrices without values."""
+    if matrices.is_meta and not torch.compiler.is_compiling():
+        raise ValueError(
+            "the nuclear norm needs a weight with values, but this one is on the meta device: load the weights first "
+            "(for instance model.to_empty(device=...), then load_state_dict)."
+        )
+
+
 def checked_norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Tensor, Tensor]:
     """Do as :func:`nuclear_norms_and_polars`, and say what NaN means.
 
@@ -105,11 +114,7 @@ def nuclear_norms(matrices: Tensor, method: PolarMethod) -> Tensor:
     """The nuclear norm of each matrix of a batch ``(batch, m, n)``, differentiable once."""
     if matrices.numel() == 0:
         return matrices.sum((-2, -1))
-    if matrices.is_meta and not torch.compiler.is_compiling():
-        raise ValueError(
-            "the nuclear norm needs a weight with values, but this one is on the meta device: load the weights first "
-            "(for instance model.to_empty(device=...), then load_state_dict)."
-        )
+    check_present(matrices)
     # The matrix products inside must keep their precision under autocast.
     with torch.autocast(matrices.device.type, enabled=False):
         values: Tensor = _NuclearNorms.apply(matrices, method)[0]  # type: ignore[no-untyped-call]

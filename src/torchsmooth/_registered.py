@@ -46,9 +46,9 @@ def name_of(qualified_name: str, tensor_name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that DistributedDataParallel and torch.compile wrap: it has the tensors and their names."""
+    """Return the module inside of DataParallel, its distributed kind and torch.compile: tensors and names are its."""
     while True:
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
         inner = model.module if wrapped else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model

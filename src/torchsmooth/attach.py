@@ -45,8 +45,8 @@ def attach_(
         optimizer: any ``torch.optim.Optimizer``, or one that passes the steps on to its attribute ``optimizer``, as
             accelerate's does. Only tensors among its parameters, or computed from them (as
             parametrized ones are), get a gradient.
-        model: the model with registered penalties; wrapped (DistributedDataParallel, torch.compile) or not. Penalties
-            that are registered or removed later count from the next step on.
+        model: the model with registered penalties; wrapped (DataParallel, DistributedDataParallel, torch.compile) or
+            not. Penalties that are registered or removed later count from the next step on.
         every: evaluate the penalties at each ``every``-th step only, with so many times the strength; at least 1.
         schedule: a factor on all strengths, finite and ≥ 0, as a function of the step, counted from zero, such as a
             :class:`torchsmooth.StrengthSchedule`; None is always one.

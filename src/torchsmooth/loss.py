@@ -30,7 +30,7 @@ def penalty_loss(model: nn.Module) -> Tensor:
     own dtype.
 
     Args:
-        model: a module; wrapped (DistributedDataParallel, torch.compile) or not.
+        model: a module; wrapped (DataParallel, DistributedDataParallel, torch.compile) or not.
 
     Returns:
         A differentiable scalar, in float32 or the wider dtype of the weights, on the device of the first penalised

@@ -13,7 +13,7 @@ from . import functional
 from ._checks import check_choice, check_real
 from ._derivatives import squared_differences, squared_differences_gradient
 from ._matricise import SCHEMES, Scheme
-from ._nuclear import Matrices, alike, checked_norms_and_polars, nuclear_norms, stacked
+from ._nuclear import Matrices, alike, check_present, checked_norms_and_polars, nuclear_norms, stacked
 from ._polar import POLAR_METHODS, PolarMethod
 from ._weight import Weight, check_weight
 
@@ -204,6 +204,7 @@ def _fitting(scheme: Scheme, weight: Tensor) -> Scheme:
 def _norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Tensor, Tensor]:
     if matrices.numel() == 0:
         return matrices.sum((-2, -1)), matrices
+    check_present(matrices)
     with torch.autocast(matrices.device.type, enabled=False):
         return checked_norms_and_polars(matrices, method)
 
