@@ -26,6 +26,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
 
+# Tensors of these that are laid out alike: beside the weight, what pruning and the older weight_norm compute it from.
+_LAID_OUT_ALIKE = ("weight", "weight_orig", "weight_v")
+
 
 def penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
     """Return what is registered on a module itself."""
@@ -70,7 +73,7 @@ class Use:
 
     def geometry(self, rows: int) -> tuple[int, bool, int | None]:
         """Return the groups, whether the weight is laid out as transposed, and the row that is never trained."""
-        if self.tensor_name == "weight":
+        if self.tensor_name in _LAID_OUT_ALIKE:
             if isinstance(self.module, (*_CONVOLUTIONS, *_TRANSPOSED)):
                 return self.module.groups, isinstance(self.module, _TRANSPOSED), None
             if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
