@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
     from ._registered import Registered
 
+_LOST = (
+    "the gradient cannot be sent on to the parameters that these tensors are computed from: {}. They must be computed "
+    "anew when they are read, as torch.nn.utils.parametrize does: use torch.nn.utils.parametrizations.weight_norm or "
+    "spectral_norm, not the functions without s; call prune.remove where a mask was put on; and step outside of "
+    "parametrize.cached()."
+)
+
 
 class Gradients:
     """The gradients of one evaluation of the penalties, on their way to an optimizer's parameters.
@@ -29,9 +36,19 @@ class Gradients:
         self._scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         self._computed: dict[int, tuple[Registered, Tensor]] = {}
 
-    def wanted(self, tensor: Tensor) -> bool:
-        """Tell whether a gradient for this tensor would reach a parameter; of a computed tensor, whether it could."""
-        return tensor.requires_grad and (not tensor.is_leaf or id(tensor) in self._trained)
+    def wanted(self, one: Registered) -> bool:
+        """Tell whether a gradient for a tensor would reach a parameter; of a computed tensor, whether it could.
+
+        Raises:
+            ValueError: if it was computed without gradients, from what is trained.
+        """
+        tensor = one.tensor
+        if tensor.requires_grad:
+            return not tensor.is_leaf or id(tensor) in self._trained
+        # Parameters that are frozen, and buffers, are not computed.
+        if any(id(source) in self._trained for use in one.uses for source in use.known_sources()):
+            raise ValueError(_LOST.format(one.label))
+        return False
 
     def add(self, one: Registered, gradient: Tensor, strength: float) -> None:
         """Add strength × gradient for a tensor that is wanted."""
@@ -57,12 +74,7 @@ class Gradients:
             )
         except RuntimeError as error:
             labels = ", ".join(one.label for one, _ in self._computed.values())
-            raise ValueError(
-                f"the gradient cannot be sent on to the parameters that these tensors are computed from: {labels}. "
-                "They must be computed anew when they are read, as torch.nn.utils.parametrize does: use "
-                "torch.nn.utils.parametrizations.weight_norm or spectral_norm, not the functions without s; call "
-                "prune.remove where a mask was put on; and step outside of parametrize.cached()."
-            ) from error
+            raise ValueError(_LOST.format(labels)) from error
         with torch.no_grad():
             for parameter, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:

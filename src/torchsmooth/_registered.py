@@ -85,10 +85,18 @@ class Use:
         own = self.module._parameters.get(self.tensor_name)
         if own is not None:
             return [own]
+        return self.known_sources() or list(self.module.parameters())
+
+    def known_sources(self) -> list[nn.Parameter]:
+        """Return the parameters that a tensor is computed from, by parametrizations or hooks of torch; else none."""
         if parametrize.is_parametrized(self.module, self.tensor_name):
             parametrizations: Any = self.module.parametrizations
             return list(parametrizations[self.tensor_name].parameters())
-        return list(self.module.parameters())
+        if self.tensor_name not in vars(self.module):
+            return []
+        # Pruning and the older norms set a plain attribute.
+        own = self.module._parameters.items()
+        return [one for name, one in own if one is not None and name.startswith(f"{self.tensor_name}_")]
 
 
 @dataclass(frozen=True, eq=False)

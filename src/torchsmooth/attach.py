@@ -304,7 +304,7 @@ class PenaltyHandle:
         gradients = Gradients(self._optimizer, factor)
         values: list[Tensor] = []
         with torch.no_grad():
-            for many in together(one for one in registered if gradients.wanted(one.tensor)):
+            for many in together(one for one in registered if gradients.wanted(one)):
                 for one, value, gradient, strength in self._terms(many, with_value=with_value):
                     gradients.add(one, gradient, strength)
                     if value is not None:
