@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._checks import quoted
 from ._sharded import is_sharded, part_like, sharded_for, whole
 from ._weight import Weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from .penalties import Penalty
 
@@ -160,6 +161,41 @@ def uses_in(model: nn.Module) -> Iterator[tuple[Use, Penalty]]:
         for tensor_name, penalties in penalties_of(module).items():
             for penalty in penalties:
                 yield Use(name, module, tensor_name), penalty
+
+
+def checked_names(names: Collection[str], model: nn.Module, penalty: Penalty) -> set[str]:
+    """Return those of the tensors in a state that carry the penalty now.
+
+    Args:
+        names: qualified names, of tensors that carried it when the state was made.
+        model: the model that the state is loaded for.
+        penalty: whose state it is.
+
+    Raises:
+        ValueError: if the model has no tensor of such a name.
+    """
+    there = {
+        name_of(qualified_name, tensor_name)
+        for qualified_name, module in model.named_modules()
+        for tensor_name in _tensors_by(module, {name.rpartition(".")[2] for name in names})
+    }
+    unknown = set(names) - there
+    if unknown:
+        raise ValueError(
+            f"the state of {penalty} is that of another model: {quoted(unknown)} carry no such penalty in this one."
+        )
+    return set(names) & names_under(model, penalty)
+
+
+def names_under(model: nn.Module, penalty: Penalty) -> set[str]:
+    """Return the qualified names of the tensors that carry a penalty."""
+    return {use.name for use, one in uses_in(model) if one == penalty}
+
+
+def _tensors_by(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of some names that a module has something by; what is computed is not computed for it."""
+    own = vars(module).keys() | module._parameters.keys() | module._buffers.keys()
+    return [name for name in names if name in own or hasattr(type(module), name)]
 
 
 def registered_in(model: nn.Module) -> list[Registered]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from ._checks import check_open_unit, describe, quoted
-from ._registered import uses_in
+from ._checks import check_open_unit, describe
+from ._registered import checked_names, names_under
 from .penalties import Penalty
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class _Multipliers(Adaptation):
 
     def advance(self, step: int) -> None:  # noqa: ARG002
         self._moved.clear()
+        self._forget_removed()
 
     def term(self, name: str, weight: Weight) -> tuple[Tensor, Tensor]:
         tensor, groups, transposed = weight
@@ -151,14 +152,18 @@ class _Multipliers(Adaptation):
         return multiplier * value, multiplier * gradient
 
     def state_dict(self) -> dict[str, Any]:
+        self._forget_removed()
         return {"multipliers": dict(self._multipliers), "bounds": dict(self._bounds)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         multipliers, bounds = dict(state["multipliers"]), dict(state["bounds"])
-        unknown = bounds.keys() - {use.name for use, penalty in uses_in(self._model) if penalty == self._description}
-        if unknown:
-            raise ValueError(
-                f"the state of {self._description} is that of another model: {quoted(unknown)} carry no such penalty "
-                "in this one."
-            )
-        self._multipliers, self._bounds = multipliers, bounds
+        names = checked_names(bounds.keys(), self._model, self._description)
+        self._multipliers = {name: multipliers[name] for name in bounds if name in names}
+        self._bounds = {name: bounds[name] for name in bounds if name in names}
+
+    def _forget_removed(self) -> None:
+        """Forget weights that the penalty was removed from: it may come back, and is a new one then."""
+        names = names_under(self._model, self._description)
+        for one in (self._multipliers, self._bounds):
+            for name in one.keys() - names:
+                del one[name]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ._checks import check_choice, check_count, check_open_unit, check_values, quoted
+from ._checks import check_choice, check_count, check_open_unit, check_values
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._leading import leading_basis
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Matricisation
-from ._registered import name_of, penalties_of, unwrapped
+from ._registered import checked_names, name_of, penalties_of, unwrapped
 from ._tucker import tucker_core, tucker_factors, tucker_product
 from ._whole import check_whole
 from .adaptive import Adaptation, AdaptivePenalty
@@ -155,12 +155,14 @@ class TailPlan(Adaptation):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ranks and bases in use."""
+        names = set(self._tensors().values())
         return {
             "planned_at": self._planned_at,
             "refreshed_at": self._refreshed_at,
             "layers": {
                 name: {"scheme": one.scheme, "rank": one.rank, "bases": list(one.bases)}
                 for name, one in self._projections.items()
+                if name in names  # from others the penalty was removed since
             },
         }
 
@@ -168,14 +170,10 @@ class TailPlan(Adaptation):
         """Go on with the ranks and bases of a checkpoint."""
         planned_at, refreshed_at = state["planned_at"], state["refreshed_at"]
         layers, modules = state["layers"], {name: module for module, name in self._tensors().items()}
-        unknown = layers.keys() - modules.keys()
-        if unknown:
-            raise ValueError(
-                f"the state of {self._description} is that of another model: {quoted(unknown)} carry no such penalty "
-                "in this one."
-            )
+        names = checked_names(layers.keys(), self._model, self._description) & modules.keys()
         projections = {}
-        for name, saved in layers.items():
+        for name in (one for one in layers if one in names):
+            saved = layers[name]
             layout = _layout(modules[name], saved["scheme"])
             projection = _Projection(saved["scheme"], layout, saved["rank"], saved["bases"])
             weight = _trained(modules[name])
@@ -245,7 +243,8 @@ class TailPlan(Adaptation):
 
 _REACH = (
     "(RankTail plans without low-rank and parametrized layers, and without Linear layers, convolutions and embeddings "
-    "that it is not registered on.)"
+    "that it is not registered on. A training in which it was removed from some goes on from a checkpoint if it is "
+    "registered on all of them, attached, given the state, and only then removed.)"
 )
 
 
