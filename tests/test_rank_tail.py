@@ -447,6 +447,47 @@ def test_layers_that_cannot_have_it_are_planned_as_they_will_be_compressed(make)
     expected = plan_compression(model, 0.7)
     assert [(one.name, one.choice) for one in plan] == [(one.name, one.choice) for one in expected]
     pulled = {name.removesuffix(".weight") for name in handle.state_dict()["adaptive"][repr(penalty)]["layers"]}
-    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    plain = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert pulled == plain & {one.name for one in expected if one.choice is not None}
     assert pulled
+
+
+ATTENTION = {
+    "joined": lambda: nn.MultiheadAttention(16, 4),
+    "apart": lambda: nn.MultiheadAttention(16, 2, bias=False, kdim=12, vdim=8),
+    "decoder": lambda: nn.TransformerDecoderLayer(16, 4, 24),
+}
+
+
+def outputs_of(model):
+    """The layers at the end of attention, by the name of their weight."""
+    return {f"{name}.weight": one for name, one in model.named_modules() if name.endswith("out_proj")}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+@few
+@given(seed=seeds, ratio=st.sampled_from([0.3, 0.5, 0.7]))
+def test_a_whole_step_leaves_of_the_outputs_of_attention_what_compression_keeps(kind, seed, ratio):
+    model = fill_(nn.Sequential(ATTENTION[kind](), nn.Linear(16, 16)), seed).double()
+    expected = copy.deepcopy(model)
+    svd_compress_(expected, ratio)
+    optimizer, _ = attached(model, RankTail(ratio, 1.0))
+    optimizer.step()
+    weights = weights_of(restore_dense_(expected))
+    for name, one in outputs_of(model).items():
+        assert torch.allclose(one.weight, weights[name], atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_outputs_of_attention_that_were_left_out_stay_dense_in_the_plan(kind):
+    model = fill_(nn.Sequential(ATTENTION[kind](), nn.Linear(16, 16)), 0)
+    penalty, left_out = RankTail(0.4, 1.0), {name.removesuffix(".weight") for name in outputs_of(model)}
+    smooth_(model, penalty, lambda _, name: name not in left_out)
+    before = {name: one.weight.clone() for name, one in outputs_of(model).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = attach_(optimizer, model)
+    optimizer.step()
+    planned = {one.name for one in handle.adaptation(penalty).plan if one.choice is not None}
+    assert not planned & left_out
+    assert any(name.endswith("q_proj") for name in planned)
+    assert all(torch.equal(one.weight, before[name]) for name, one in outputs_of(model).items())

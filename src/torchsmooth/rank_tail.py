@@ -11,6 +11,7 @@ from torch import nn
 from ._checks import check_choice, check_count, check_open_unit, check_values
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._leading import leading_basis
+from ._linear_parts import DENSE_LINEAR
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Matricisation
 from ._registered import checked_names, name_of, penalties_of, unwrapped
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ._layers import LayerKind
     from ._matricise import LayerScheme
     from ._terms import FormOption, SchemeOption
     from ._tucker_layout import Layout, Rank
@@ -46,8 +48,9 @@ class RankTail(AdaptivePenalty):
     .. math:: \tfrac12 \lVert W - P(W) \rVert_F^2, \qquad \nabla = W - P(W)
 
     P projects as the truncation does, to the planned scheme and rank, with bases held for ``refresh_every`` steps.
-    Layers that the plan leaves dense, and those that cannot be compressed, are not penalised, nor are the joined
-    projections of attention and recurrent layers; the plan counts with them. Layers that could carry the penalty and do
+    Layers that the plan leaves dense, and those that cannot be compressed, are not penalised, nor are recurrent layers
+    and attention's projections of its inputs, which are stored joined (its ``out_proj`` is penalised); the plan counts
+    with them. Layers that could carry the penalty and do
     not are planned to stay dense.
 
     Args:
@@ -190,14 +193,16 @@ class TailPlan(Adaptation):
         description, tensors = self._description, self._tensors()
         # A layer without the penalty that could have it was left out on purpose; what cannot have it (attention,
         # recurrent layers) will be compressed, too, and its parameters count.
-        left_out = {one for one in self._model.modules() if type(one) in KINDS or isinstance(one, LowRankLayer)}
+        modules = dict(self._model.named_modules())
+        left_out = {one for one in modules.values() if _kind_of(one) is not None or isinstance(one, LowRankLayer)}
         try:
             self.plan = plan_compression(
                 self._model,
                 description.ratio,
                 scheme=description.scheme,
                 form=description.form,
-                filter_fn=lambda module, _: module in tensors or module not in left_out,
+                # Under the name of a layer there may be another object while its parent is written in plain layers.
+                filter_fn=lambda module, name: (own := modules.get(name, module)) in tensors or own not in left_out,
                 progress=False,
             )
         except ValueError as error:
@@ -209,7 +214,6 @@ class TailPlan(Adaptation):
                 raise
             raise ValueError(f"{description} cannot be planned: {error} {_REACH}") from error
         self._planned = set(tensors.values())
-        modules = dict(self._model.named_modules())
         self._projections = {}
         for layer in self.plan:
             module = modules.get(layer.name)
@@ -237,7 +241,7 @@ class TailPlan(Adaptation):
         return {
             module: name_of(qualified_name, "weight")
             for qualified_name, module in self._model.named_modules()
-            if type(module) in KINDS and self._description in penalties_of(module).get("weight", ())
+            if _kind_of(module) is not None and self._description in penalties_of(module).get("weight", ())
         }
 
 
@@ -312,8 +316,16 @@ def _trained(module: nn.Module) -> Tensor:
     return torch.cat([weight[:row], weight[row + 1 :]])
 
 
+def _kind_of(module: nn.Module) -> LayerKind | None:
+    """Return how a layer is compressed; that of attention's outputs goes as the plain one that it is planned as."""
+    return KINDS.get(nn.Linear if type(module) in DENSE_LINEAR else type(module))
+
+
 def _layout(module: nn.Module, scheme: LayerScheme) -> Layout:
-    layout = KINDS[type(module)].layouts(module)[scheme]
+    kind = _kind_of(module)
+    if kind is None:  # _tensors lets no such layer through
+        raise TypeError(f"{type(module).__name__} is never planned.")
+    layout = kind.layouts(module)[scheme]
     if getattr(module, "padding_idx", None) is not None and isinstance(layout, Matricisation):
         return replace(layout, in_channels=layout.in_channels - 1)
     return layout
