@@ -43,7 +43,7 @@ few = settings(max_examples=6)
 
 
 class Multiplier:
-    """λ ← max(0, λ + μ (R / κ - 1)) with κ = bound · R at the first step, in plain floats."""
+    """λ ← max(0, λ + μ (min(R, R₀) / κ - 1)) with κ = bound · R₀, R₀ being R at the first step, in plain floats."""
 
     def __init__(self, rate: float, bound: float) -> None:
         self.rate, self.bound = rate, bound
@@ -54,7 +54,7 @@ class Multiplier:
             self.first = penalty
         kappa = self.bound * self.first
         if kappa > 0.0:
-            self.value = max(0.0, self.value + self.rate * (penalty / kappa - 1.0))
+            self.value = max(0.0, self.value + self.rate * (min(penalty, self.first) / kappa - 1.0))
         return self.value
 
 
@@ -201,6 +201,42 @@ def test_bound_is_taken_when_the_penalty_is_first_evaluated():
         model.weight.mul_(5.0)
     case.optimizer.step()
     assert multipliers_of(case)["weight"] == pytest.approx(0.1)
+
+
+@few
+@given(seed=seeds, bound=st.floats(0.1, 0.9), rate=st.floats(1e-4, 1.0), growth=st.floats(1.0, 1e6))
+@pytest.mark.parametrize("kind", [NuclearNorm, FirstDerivative, SecondDerivative])
+def test_a_weight_that_grows_drives_the_multiplier_as_one_that_stays(kind, seed, bound, rate, growth):
+    found = []
+    for factor in (1.0, growth):
+        model = fill_(nn.Linear(6, 5).double(), seed)
+        case = attached(model, Constrained(kind(), bound, rate), lr=0.0)
+        for _ in range(3):
+            case.optimizer.step()
+            with torch.no_grad():
+                model.weight.mul_(factor)
+        found.append(multipliers_of(case)["weight"])
+    assert found[0] == pytest.approx(3 * rate * (1 / bound - 1))
+    assert found[1] == pytest.approx(found[0])
+
+
+@settings(max_examples=3)
+@given(seed=seeds, size=st.sampled_from([1e-2, 1e-4, 1e-8]))
+def test_a_weight_that_began_close_to_zero_is_not_thrown_about(seed, size):
+    x, target = randn(32, 6, seed=seed), randn(32, 5, seed=seed + 1)
+    losses = {}
+    for factor in (1.0, size):
+        model = fill_(nn.Linear(6, 5).double(), seed)
+        with torch.no_grad():
+            model.weight.mul_(factor)
+        case = attached(model, Constrained(NuclearNorm(), 0.5, 1e-3))
+        for _ in range(100):
+            case.optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), target)
+            loss.backward()
+            case.optimizer.step()
+        losses[factor] = loss.item()
+    assert losses[size] < 1.5 * losses[1.0]
 
 
 @pytest.mark.parametrize("kind", LOOPS)

@@ -69,13 +69,17 @@ class Adaptation(ABC):
 class Constrained(AdaptivePenalty):
     r"""Hold a penalty below a bound on each weight, with a strength for each that sets itself.
 
-    The bound κ is a fraction of the value that the weight has when the penalty is first evaluated. A multiplier for
+    The bound κ is a fraction of the value R₀ that the weight has when the penalty is first evaluated. A multiplier for
     each weight starts at zero and moves at every step in proportion to what is missing,
 
-    .. math:: \lambda \leftarrow \left[\lambda + \mu\,(R(W) / \kappa - 1)\right]_+
+    .. math:: \lambda \leftarrow \left[\lambda + \mu\,(\min(R(W), R_0) / \kappa - 1)\right]_+
 
     and the gradient is :math:`\lambda \nabla R(W)`: nothing once the bound is met with room to spare. No strength
     has to be found by hand; the rate μ says how fast it is approached.
+
+    So the first value has to mean something: weights of ordinary initial sizes. A weight that is zero then is left
+    alone, and one that begins close to zero is held close to it. Let the penalty begin later for such, by a schedule
+    that is zero until they have grown.
 
     Args:
         penalty: what is held below a bound: ``NuclearNorm()``, ``NuclearRatio()``, ...; its own strength is not used.
@@ -95,7 +99,8 @@ class Constrained(AdaptivePenalty):
 
     Source: Franke et al., "Improving Deep Learning Optimization through Constrained Parameter Regularization", 2024
     (CPR): an augmented Lagrangian for each matrix. The bound relative to the first value, and the division by it,
-    which frees the rate of the unit of the penalty, are the library's own.
+    which frees the rate of the unit of the penalty, are the library's own, and so is that a weight grown beyond its
+    first value counts as one of that value: from close to zero it would drive the multiplier without limit.
     """
 
     strength: float
@@ -146,6 +151,7 @@ class _Multipliers(Adaptation):
         if name not in self._moved:
             # A weight that was zero from the start has a bound of zero, and is left alone.
             excess = torch.where(bound > 0, value / bound - 1.0, torch.zeros_like(value))
+            excess = excess.clamp_max(1.0 / self._description.bound - 1.0)
             multiplier = (multiplier + self._description.strength * excess).clamp_min(0.0)
             self._multipliers[name] = multiplier
             self._moved.add(name)
