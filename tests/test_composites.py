@@ -137,7 +137,7 @@ def test_calibration_reaches_attention_and_cells_and_says_where_it_does_not():
     for one in report.compressed:
         fused = one.name.startswith("lstm.")
         assert (one.output_error is None) == fused
-        assert one.note == ("not calibrated: never called on the data" if fused else "")
+        assert one.note == ("not calibrated: part of a fused recurrent layer" if fused else "")
 
 
 def test_multiply_accumulates_are_those_of_torch_itself():

@@ -82,7 +82,7 @@ FAILURES = [
     ("torchsmooth.plan._report", 2, RuntimeError, {}, RuntimeError),
     ("torchsmooth._calibration.run", 0, RuntimeError, {"calibration": [IMAGES]}, RuntimeError),
     ("torchsmooth._workpiece.output_losses", 0, torch.linalg.LinAlgError, {"calibration": [IMAGES]}, RuntimeError),
-    ("torchsmooth._refit.run", 3, RuntimeError, {"calibration": [IMAGES]}, RuntimeError),
+    ("torchsmooth._two_networks.run", 3, RuntimeError, {"calibration": [IMAGES]}, RuntimeError),
     ("torchsmooth._refit.target_weight", 2, torch.linalg.LinAlgError, {"calibration": [IMAGES]}, ValueError),
     ("torchsmooth._refit.Refitted.write_", 0, RuntimeError, {"calibration": [IMAGES]}, RuntimeError),
 ]
