@@ -318,6 +318,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_prices",
         "_objective",
         "_leading",
+        "_stepped",
         "_execution",
         "_packed",
         "_derive",

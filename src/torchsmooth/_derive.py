@@ -46,8 +46,13 @@ def derive(layer: LowRankLayer, execution: str, example: object = None) -> Deriv
         reason.
 
     Raises:
-        ValueError: if the factors are no plain parameters.
+        ValueError: if the factors are no plain parameters, or were made in inference mode.
     """
+    if any(map(torch.is_inference, (*layer.parameters(), *layer.buffers()))):
+        raise ValueError(
+            f"a {type(layer).__name__} made under torch.inference_mode(), where changes leave no trace: build or load "
+            "it under torch.no_grad()"
+        )
     if execution == "fused":
         return None if why_not_fused(layer) else Derived(execution, FusedExecution(layer).eval(), layer)
     with torch.no_grad():

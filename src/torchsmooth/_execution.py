@@ -9,16 +9,16 @@ nobody has changed them.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from ._stepped import watch_steps_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import Tensor
+    from collections.abc import Callable, Iterable
 
 Execution = Literal["factored", "pivoted", "padded", "packed", "dense", "packed_dense", "fused"]
 
@@ -26,28 +26,20 @@ EXECUTIONS: tuple[str, ...] = get_args(Execution)
 
 # What is exported holds the parameters of the model and nothing beside them.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+# Faster than is_compiling, and the same here.
+_is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+
+# The parameters or buffers of a module.
+_Place: TypeAlias = dict[str, Tensor | None]
+
+# A tensor that a derived module was made of: whose it is, where it lies, what changes when it is written to.
+_Factor: TypeAlias = tuple[_Place, str, Tensor, int, int]
+
+# A child of a layer, and what would be called with it.
+_Child: TypeAlias = tuple[str, nn.Module, dict[int, Any], dict[int, Any], dict[str, Any]]
 
 # Text, and private to this library, so that a replacement of the layer does not take it over.
 _PLACE = "_torchsmooth_derived"
-
-
-class _Source(NamedTuple):
-    """A tensor that a derived module was made of: whose it is, where it lies, what changes when it is written to."""
-
-    child: str
-    owner: nn.Module
-    hooks: Mapping[int, Any]  # of the owner, as is the next: found once, for it takes a while
-    pre_hooks: Mapping[int, Any]
-    place: Mapping[str, Tensor | None]
-    key: str
-    tensor: Tensor
-    address: int
-    version: int | None
-
-    def renewed(self) -> _Source:
-        """Take note of the tensor as it is now."""
-        tensor = self.tensor
-        return self._replace(address=tensor.data_ptr(), version=None if tensor.is_inference() else tensor._version)
 
 
 class Derived:
@@ -62,10 +54,9 @@ class Derived:
         run: what to call instead of the layer's own way. The module has no hooks, so it need not be called itself.
         suits: says of an input whether it can be run like this; None where each can.
         traced: what ``torch.compile`` takes instead where it cannot trace ``run``.
+        outdated: whether the factors are known to be others for good. A graph of ``torch.compile`` is made anew once
+            this changes.
     """
-
-    # In one piece, as each call of the layer looks at it.
-    __slots__ = ("_doubt", "_modules", "_sources", "execution", "module", "run", "suits", "together", "traced")
 
     run: Callable[..., Tensor]
     suits: Callable[[Tensor], bool] | None
@@ -75,51 +66,39 @@ class Derived:
         self.execution, self.module = execution, module
         self.together: Any = None  # by :mod:`_together`
         self.rewire_()
+        self.outdated = False
+        # What each call of the layer looks at, found once and in plain tuples, which are faster than named ones.
         self._modules = layer._modules
-        self._doubt: list[float] | None = None
-        # None once the factors are not those any more that this was made of.
-        self._sources: tuple[_Source, ...] | None = tuple(
-            _Source(child, owner, owner._forward_hooks, owner._forward_pre_hooks, place, key, tensor, 0, 0).renewed()
-            for child, owner in layer._modules.items()
-            if owner is not None
-            for place in (owner._parameters, owner._buffers)
-            for key, tensor in place.items()
-            if tensor is not None
-        )
+        children = [(name, one) for name, one in layer._modules.items() if one is not None]
+        self._children = _as_they_are_called(children)
+        owned = [cast("_Place", place) for _, one in children for place in (one._parameters, one._buffers)]
+        places = [(place, key) for place in owned for key in place]
+        self._factors = _as_they_are((place, key, place[key]) for place, key in places if place[key] is not None)
+        # Such as a bias, which may still come.
+        self._absent = tuple((place, key) for place, key in places if place[key] is None)
+        watch_steps_(self)
 
     def is_fresh(self) -> bool:
         """Say whether the factors are those that this was made of."""
-        if self._sources is None:
+        if self.outdated:
             return False
         # At each call of the layer, so without a step too many.
         modules = self._modules
-        for child, owner, hooks, pre_hooks, place, key, tensor, address, version in self._sources:
-            if modules.get(child) is not owner or hooks or pre_hooks:
-                return False  # put elsewhere; or hooks, which would not be called
+        for name, module, hooks, pre_hooks, own in self._children:
+            if modules.get(name) is not module or hooks or pre_hooks or "forward" in own:
+                return False  # put elsewhere; or what would not be called
+        for place, key in self._absent:
+            if place.get(key) is not None:
+                return False
+        for place, key, tensor, address, version in self._factors:
             if place.get(key) is not tensor or tensor.data_ptr() != address:
                 return False
-            if version is not None and tensor._version != version:
+            if tensor._version != version:
                 return False
-        return self._doubt is None or self._doubt == self._sums()
+        return True
 
     # Not traced by torch.compile, but asked once: a compiled graph holds the tensors that it was made with.
     is_fresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    def doubt_(self) -> None:
-        """Look at the values of the factors next time: a fused optimizer writes to them without a new version."""
-        if self._doubt is None and nobody_watches() and self.is_fresh():
-            self._doubt = self._sums()
-
-    def settle_(self) -> None:
-        """Trust the factors again, or never more, if they are others."""
-        if self._doubt is not None:
-            self._sources = self._sources if self.is_fresh() else None
-            self._doubt = None
-
-    @torch.no_grad()
-    def _sums(self) -> list[float]:
-        tensors = [one.tensor.detach().double() for one in self._sources or ()]
-        return torch.stack([one for each in tensors for one in (each.sum(), each.square().sum())]).tolist()
 
     def can_be_traced(self) -> bool:
         """Say whether there is something that ``torch.compile`` can trace, made when it is asked for."""
@@ -130,7 +109,15 @@ class Derived:
 
     def need_gradients(self) -> bool:
         """Say whether a gradient of the factors may be asked for, where gradients are recorded."""
-        return any(source.tensor.requires_grad for source in self._sources or ())
+        return any(tensor.requires_grad for _, _, tensor, _, _ in self._factors)
+
+    def made_of(self) -> list[Tensor]:
+        """Return the tensors that this was made of."""
+        return [tensor for _, _, tensor, _, _ in self._factors]
+
+    def outdate_(self) -> None:
+        """Take note that the factors were changed, or that nobody could see it if they were."""
+        self.outdated, self._factors = True, ()
 
     def rewire_(self) -> None:
         """Take note of what is to be called, once the module or its parameters are others."""
@@ -139,21 +126,31 @@ class Derived:
     def renew_(self, *, fresh: bool) -> None:
         """Take note of where the factors are now, unless this did not belong to them any more."""
         self.together = None  # what is moved or copied does not lie side by side any more
-        known = self._sources if fresh else None
-        self._sources = known and tuple(one.renewed() for one in known)
-        self._doubt = None
+        if fresh and not any(map(torch.is_inference, self.made_of())):  # those have no versions
+            self._factors = _as_they_are((place, key, tensor) for place, key, tensor, _, _ in self._factors)
+        else:
+            self.outdate_()
         self.rewire_()
 
     def __getstate__(self) -> dict[str, Any]:
-        made = {"run", "suits", "traced", "_doubt"}
-        state = {name: getattr(self, name) for name in self.__slots__ if name not in made}
-        return state | {"_sources": self._sources if self.is_fresh() else None, "together": None}
+        state = {name: one for name, one in vars(self).items() if name not in ("run", "suits", "traced")}
+        children = [(name, one) for name, one, *_ in self._children]
+        return state | {"outdated": not self.is_fresh(), "together": None, "_children": children}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
+        self._children = _as_they_are_called(state["_children"])
         # Copies lie elsewhere, and where they are loaded there may be no kernels for them.
-        self.renew_(fresh=getattr(self.module, "has_kernels", True))
+        self.renew_(fresh=not self.outdated and getattr(self.module, "has_kernels", True))
+        watch_steps_(self)
+
+
+def _as_they_are_called(children: Iterable[tuple[str, nn.Module]]) -> tuple[_Child, ...]:
+    return tuple((name, one, one._forward_hooks, one._forward_pre_hooks, vars(one)) for name, one in children)
+
+
+def _as_they_are(factors: Iterable[tuple[_Place, str, Any]]) -> tuple[_Factor, ...]:
+    return tuple((place, key, tensor, tensor.data_ptr(), tensor._version) for place, key, tensor in factors)
 
 
 def derived_of(layer: nn.Module) -> Derived | None:
@@ -174,21 +171,26 @@ def active(layer: nn.Module, input: Tensor) -> Callable[..., Tensor] | None:  # 
     """Return what to run on an input instead of the factors, if there is one and it would give what they give."""
     # As little as will do: in a model, all that is looked at here comes from memory again at each call.
     derived: Derived | None = layer.__dict__.get(_PLACE)
-    if derived is None or _is_exporting():
+    if derived is None or layer.training or derived.outdated:
+        return None
+    if _is_exporting():
         return None
     if torch.is_grad_enabled() and derived.need_gradients():
-        if not torch.compiler.is_compiling():
-            derived.doubt_()
         return None
-    if layer.training:
+    if _is_compiling():
+        return _active_in_a_graph(derived)
+    if derived.suits is not None and not derived.suits(input):
         return None
-    if derived._doubt is not None and not torch.compiler.is_compiling():
-        derived.settle_()
-    if derived.suits is not None:
-        if torch.compiler.is_compiling():
-            return derived.traced if derived.can_be_traced() else None
-        if not derived.suits(input):
+    return derived.run if derived.is_fresh() else None
+
+
+def _active_in_a_graph(derived: Derived) -> Callable[..., Tensor] | None:
+    # What is compared here is compared again at each call of the graph, unlike what is_fresh looks at.
+    for place, key, tensor, _, _ in derived._factors:
+        if place.get(key) is not tensor:
             return None
+    if derived.suits is not None:
+        return derived.traced if derived.can_be_traced() else None
     return derived.run if derived.is_fresh() else None
 
 

@@ -123,6 +123,12 @@ class LowRankLayer(nn.Module):
             use_(self, None)
         return done
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        derived = derived_of(self)
+        if derived is not None and any(key.startswith(prefix) for key in state_dict):
+            derived.outdate_()  # the children see that themselves, but a compiled graph does not ask them
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         use_(replica, None)  # what was derived lies on one device

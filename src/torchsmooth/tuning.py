@@ -138,8 +138,14 @@ def tune_(
 
     What was chosen is used in eval mode and without gradients (``torch.no_grad`` or ``torch.inference_mode``, or where
     no factor requires any), as long as the factors are those that were there; otherwise the factors are run as they
-    are stored. (A change through ``.data`` cannot be seen: tune again after one.) So train, load or quantise first, and
-    tune last. ``executions=["factored", "pivoted"]`` keeps layers from being merged or packed, which saves memory.
+    are stored. So train, load or quantise first, and tune last. ``executions=["factored", "pivoted"]`` keeps layers
+    from being merged or packed, which saves memory.
+
+    What cannot be seen: a change through ``.data``, by another process after ``share_memory()``, or by replaying a CUDA
+    graph. Tune again after one. A graph of ``torch.compile`` is made anew after ``load_state_dict``, a step of an
+    optimizer, or where a factor is another parameter, but does not see values that were written by hand (``copy_``
+    under ``torch.no_grad``), nor a child that was changed: tune and compile again after those. Of factors made under
+    ``torch.inference_mode()`` no change can be seen: they are run as they are stored.
 
     Packed weights are used by plain calls in eager mode: under ``torch.compile`` a merged layer is run by an ordinary
     dense weight and others by their factors, under autocast, in a trace or a transform of ``torch.func`` all by their
