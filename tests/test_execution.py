@@ -262,3 +262,21 @@ def test_layers_that_were_made_in_inference_mode_stay_as_they_are_stored():
         assert is_right(model[0], inputs)
     assert report.layers[0].note.startswith("as stored: a LowRankLinear made under torch.inference_mode()")
     assert set(report.layers[0].seconds) == {"factored"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated")
+@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, lambda model: torch.jit.trace(model, torch.ones(1, 24))])
+@pytest.mark.parametrize("frozen", [True, False])
+@given(seeds, st.sampled_from(EXECUTIONS))
+@settings(max_examples=6)
+def test_a_trace_holds_the_parameters_and_runs_them(trace, frozen, seed, execution):
+    layer, inputs = tuned(execution, seed)
+    model = nn.Sequential(layer).requires_grad_(requires_grad=not frozen)
+    with torch.no_grad():
+        traced = trace(model)
+        assert layer.execution == execution
+        assert set(traced.state_dict()) == set(model.state_dict())
+        assert is_right(layer, inputs, traced)
+        load(model)
+        traced.load_state_dict(model.state_dict())
+        assert is_right(layer, inputs, traced)

@@ -559,7 +559,7 @@ def test_what_was_derived_does_not_outlive_the_layer(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("execution", ["dense", "pivoted"])
-def test_traces_and_compiled_graphs_hold_what_is_run_and_exports_the_factors(execution):
+def test_compiled_graphs_hold_what_is_run_and_traces_and_exports_the_factors(execution):
     model = nn.Sequential(
         torchsmooth.LowRankConv2d.from_conv2d(fill_(nn.Conv2d(6, 8, 3), 0), 4),
         nn.Flatten(),
@@ -570,7 +570,9 @@ def test_traces_and_compiled_graphs_hold_what_is_run_and_exports_the_factors(exe
     for layer in low_rank_layers(model):
         use_(layer, derive(layer, execution))
     with torch.no_grad():
-        assert close(torch.jit.trace(model, inputs)(inputs), expected, 1e-5)
+        for traced in (torch.jit.trace(model, inputs), torch.fx.symbolic_trace(model)):
+            assert close(traced(inputs), expected, 1e-5)
+            assert traced.state_dict().keys() == model.state_dict().keys()
         for strict in (False, True):
             exported = torch.export.export(model, (inputs,), strict=strict)
             assert close(exported.module()(inputs), expected, 1e-5)

@@ -28,6 +28,7 @@ EXECUTIONS: tuple[str, ...] = get_args(Execution)
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 # Faster than is_compiling, and the same here.
 _is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+_tracing_state: Callable[[], object] = torch._C._get_tracing_state
 
 # The parameters or buffers of a module.
 _Place: TypeAlias = dict[str, Tensor | None]
@@ -173,7 +174,8 @@ def active(layer: nn.Module, input: Tensor) -> Callable[..., Tensor] | None:  # 
     derived: Derived | None = layer.__dict__.get(_PLACE)
     if derived is None or layer.training or derived.outdated:
         return None
-    if _is_exporting():
+    # A trace holds the parameters of the model, as an export does; a symbolic one gives no tensors.
+    if _is_exporting() or _tracing_state() is not None or not isinstance(input, Tensor):
         return None
     if torch.is_grad_enabled() and derived.need_gradients():
         return None

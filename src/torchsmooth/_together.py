@@ -61,7 +61,7 @@ def run_together(layers: Sequence[nn.Module], input: Tensor) -> tuple[Tensor, ..
     """
     first = derived_of(layers[0])
     together: Together | None = None if first is None else first.together
-    if together is None or not isinstance(input, Tensor):  # a proxy of a symbolic trace
+    if together is None:
         return None
     for layer, one in zip(layers, together.members, strict=True):
         hooks = layer._forward_hooks or layer._forward_pre_hooks

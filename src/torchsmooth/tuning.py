@@ -147,9 +147,10 @@ def tune_(
     under ``torch.no_grad``), nor a child that was changed: tune and compile again after those. Of factors made under
     ``torch.inference_mode()`` no change can be seen: they are run as they are stored.
 
-    Packed weights are used by plain calls in eager mode: under ``torch.compile`` a merged layer is run by an ordinary
-    dense weight and others by their factors, under autocast, in a trace or a transform of ``torch.func`` all by their
-    factors. They are not taken along to another device or dtype.
+    In a trace (``torch.jit.trace``, ``torch.fx``) and in an export all layers are run by their factors. Packed weights
+    are used by plain calls in eager mode: under ``torch.compile`` a merged layer is run by an ordinary dense weight and
+    others by their factors, under autocast or in a transform of ``torch.func`` all by their factors. They are not taken
+    along to another device or dtype.
 
     Args:
         model: with low-rank layers, on the device and in the dtype that it will run in. The mode does not matter.
