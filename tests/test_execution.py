@@ -264,6 +264,22 @@ def test_layers_that_were_made_in_inference_mode_stay_as_they_are_stored():
     assert set(report.layers[0].seconds) == {"factored"}
 
 
+@given(seeds, st.sampled_from([None, ["dense"], []]), st.booleans())
+@settings(max_examples=10)
+def test_a_model_that_is_tuned_in_inference_mode_is_an_ordinary_one(seed, executions, last):
+    model = fill_(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), seed).eval()
+    torchsmooth.svd_compress_(model, 0.3)
+    inputs = randn(1, 4, 6, 6, seed=seed, dtype=torch.float32)
+    with torch.inference_mode():
+        torchsmooth.tune_(model, inputs, executions=executions, memory_format="auto" if last else "keep")
+    assert not any(map(torch.is_inference, model.parameters()))
+    model.requires_grad_(requires_grad=False)
+    model(inputs.requires_grad_()).sum().backward()
+    model.requires_grad_().train()
+    model(inputs).sum().backward()
+    model.load_state_dict(model.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated")
 @pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, lambda model: torch.jit.trace(model, torch.ones(1, 24))])
 @pytest.mark.parametrize("frozen", [True, False])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import torch
+
 from ._checks import check_choice, check_module, describe, quoted
 from ._derive import derive, is_tunable
 from ._execution import EXECUTIONS, Execution, derived_of, use_
@@ -26,7 +28,6 @@ from .lowrank import LowRankLinear
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import torch
     from torch import nn
 
     from ._execution import Derived
@@ -199,9 +200,11 @@ def tune_(
             f"there is no low-rank layer to tune in this {type(model).__name__}: compress it first, with "
             "torchsmooth.svd_compress_, or load a compressed state dict with torchsmooth.load_compressed_."
         )
-    return _Tuner(model, inputs, layers, allowed, cuda_graphs, progress).tune_(
-        try_channels_last=memory_format == "auto"
-    )
+    # Parameters that are moved in inference mode could be neither written to nor trained outside of it.
+    with torch.inference_mode(mode=False):
+        return _Tuner(model, inputs, layers, allowed, cuda_graphs, progress).tune_(
+            try_channels_last=memory_format == "auto"
+        )
 
 
 def default_executions(device: torch.device) -> tuple[str, ...]:
