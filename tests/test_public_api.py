@@ -328,6 +328,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_together",
         "folding",
         "_memory_format",
+        "_tried",
         "tuning",
         "_spectrum",
         "_options",

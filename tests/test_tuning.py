@@ -18,6 +18,7 @@ from torchsmooth._derive import derive, is_tunable
 from torchsmooth._execution import EXECUTIONS, derived_of, use_
 from torchsmooth._layers import KINDS
 from torchsmooth._lowrank_layer import LowRankLayer
+from torchsmooth._recurrent import FUSED
 from torchsmooth.tuning import default_executions
 
 
@@ -486,6 +487,25 @@ def test_layers_that_are_not_run_alone_stay_as_they_are_stored():
     assert [(layer.name, layer.note) for layer in report.layers] == [("1", ""), ("1.aside", "never called")]
     assert unused.execution == "factored"
     assert not is_tunable(embedding)
+
+
+def test_a_model_whose_low_rank_layers_are_run_in_one_way_only_says_so():
+    model = nn.Sequential(fill_(nn.Embedding(60, 24), 0), nn.Linear(24, 4))
+    torchsmooth.svd_compress_(model, 0.3)
+    with pytest.raises(ValueError, match=r"^there is nothing to tune in .* '0' \(LowRankEmbedding\), have one way"):
+        torchsmooth.tune_(model, torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_parts_of_fused_recurrent_layers_are_called_that(kind):
+    class Last(nn.Sequential):
+        def forward(self, inputs):
+            return self[1](self[0](inputs)[0])
+
+    model = fill_(Last(kind(24, 32), nn.Linear(32, 24)), 0).eval()
+    torchsmooth.svd_compress_(model, 0.4, form="factored", allocation="uniform")
+    notes = {layer.name: layer.note for layer in torchsmooth.tune_(model, torch.zeros(3, 2, 24)).layers}
+    assert notes == {"0.ih_l0": FUSED, "0.hh_l0": FUSED, "1": ""}
 
 
 def test_a_module_in_two_places_is_one_layer():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
-from ._checks import check_choice, check_module, describe, quoted
+from ._checks import check_choice, check_module
 from ._derive import derive, is_tunable
 from ._execution import EXECUTIONS, Execution, derived_of, use_
 from ._fused_layers import why_not_fused
@@ -17,16 +16,18 @@ from ._latency import device_of, layout_of, observe_calls
 from ._lowrank_layer import LowRankLayer
 from ._memory_format import Placed, are_channels_last, as_they_are, channels_last, differ, put_
 from ._progress import progress as show_progress
+from ._recurrent import FUSED, fused_parts
 from ._running import as_inputs, observing
 from ._table import format_milliseconds, format_share, format_table
 from ._timing import median_nanoseconds
 from ._together import join_
+from ._tried import check_graphs, checked_executions, default_executions, refuse_to_tune
 from ._undo import Undo
 from .attention import LowRankMultiheadAttention
 from .lowrank import LowRankLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -41,9 +42,6 @@ MemoryFormat = Literal["auto", "keep"]
 _MARGIN = 0.03
 
 _PACKED = ("packed", "packed_dense")
-
-# On what device a way is tried where none are named; the others everywhere.
-_TRIED_ON = {"padded": "cuda", "packed": "cpu", "packed_dense": "cpu", "fused": "nowhere"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def tune_(
     What cannot be seen: a change through ``.data``, by another process after ``share_memory()``, or by replaying a CUDA
     graph. Tune again after one. A graph of ``torch.compile`` is made anew after ``load_state_dict``, a step of an
     optimizer, or where a factor is another parameter, but does not see values that were written by hand (``copy_``
-    under ``torch.no_grad``), nor a child that was changed: tune and compile again after those. Of factors made under
+    under ``torch.no_grad``), nor a child that was changed: tune again after those, too. Of factors made under
     ``torch.inference_mode()`` no change can be seen: they are run as they are stored.
 
     In a trace (``torch.jit.trace``, ``torch.fx``) and in an export all layers are run by their factors. Packed weights
@@ -191,44 +189,17 @@ def tune_(
     check_module(model)
     inputs = as_inputs(example_inputs)
     device = device_of(model)
-    allowed = default_executions(device) if executions is None else _checked_executions(executions)
-    _check_graphs(cuda_graphs, device)
+    allowed = default_executions(device) if executions is None else checked_executions(executions)
+    check_graphs(cuda_graphs, device)
     check_choice(memory_format, "memory_format", get_args(MemoryFormat))
     layers = {name: one for name, one in model.named_modules() if isinstance(one, LowRankLayer) and is_tunable(one)}
     if not layers:
-        raise ValueError(
-            f"there is no low-rank layer to tune in this {type(model).__name__}: compress it first, with "
-            "torchsmooth.svd_compress_, or load a compressed state dict with torchsmooth.load_compressed_."
-        )
+        refuse_to_tune(model)
     # Parameters that are moved in inference mode could be neither written to nor trained outside of it.
     with torch.inference_mode(mode=False):
         return _Tuner(model, inputs, layers, allowed, cuda_graphs, progress).tune_(
             try_channels_last=memory_format == "auto"
         )
-
-
-def default_executions(device: torch.device) -> tuple[str, ...]:
-    """List the ways that are tried on a device where none are named."""
-    return tuple(one for one in EXECUTIONS if _TRIED_ON.get(one, device.type) == device.type)
-
-
-def _check_graphs(asked: object, device: torch.device) -> None:
-    if not isinstance(asked, bool):
-        raise TypeError(f"cuda_graphs must be True or False, got {describe(asked)}.")
-    if asked and device.type != "cuda":
-        raise ValueError(
-            f"cuda_graphs=True times CUDA graphs, and the model is on {str(device)!r}: bring it to the GPU it is to "
-            "run on, or leave cuda_graphs out."
-        )
-
-
-def _checked_executions(executions: object) -> tuple[str, ...]:
-    if isinstance(executions, str) or not isinstance(executions, Sequence):
-        known = quoted(EXECUTIONS, len(EXECUTIONS))
-        raise TypeError(f"executions must be a sequence of names out of {known}, got {describe(executions)}.")
-    for one in executions:
-        check_choice(one, "executions", EXECUTIONS)
-    return tuple(one for one in EXECUTIONS if one in executions)
 
 
 class _Setting(NamedTuple):
@@ -258,10 +229,12 @@ class _Tuner:
     show: bool | None
     notes: dict[str, str] = field(default_factory=dict)
     given: list[Placed] = field(init=False)
+    fused: set[nn.Module] = field(init=False)
     note: str = ""
 
     def tune_(self, *, try_channels_last: bool) -> TuningReport:
         self.given = as_they_are(self.model)
+        self.fused = fused_parts(self.model)
         given = _Setting(self.given, {layer: derived_of(layer) for layer in self.layers.values()})
         with Undo() as undo:
             undo.add(given.put_)
@@ -308,7 +281,7 @@ class _Tuner:
         for name, layer in show_progress(self.layers.items(), "Tuning layers", len(self.layers), self.show):
             chosen[layer] = packed[layer] = dense[layer] = None
             if layer not in calls:
-                self.notes[name] = "never called"
+                self.notes[name] = FUSED if layer in self.fused else "never called"
                 continue
             called = calls[layer]
             # Packed weights are not used under autocast.
