@@ -162,7 +162,9 @@ def tune_(
             which takes some seconds for each.
         memory_format: ``"auto"`` also tries convolution weights in ``torch.channels_last``, and leaves them so where
             that is faster; ``"keep"`` does not. A model that fails like that keeps what it has, which the report says.
-            What ``state_dict()`` returns is in the memory format of the model.
+            What ``state_dict()`` returns is in the memory format of the model. The state of an optimizer that has made
+            a step before stays as it was, and fused ones take one number for another then: in the middle of a training
+            give ``"keep"``, or make the optimizer anew.
         cuda_graphs: whether to time CUDA graphs, as the model will be run (by ``torch.cuda.graph``, or by
             ``torch.compile`` with ``mode="reduce-overhead"``). Launching a kernel can take longer than what it does: of
             small batches, two small products take longer than one large one, unless they are recorded.
