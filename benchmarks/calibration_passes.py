@@ -3,7 +3,8 @@
 Layers are fitted one after the other, each to what the layers before it leave. Running the network up to each layer, as
 methods do that know nothing of the network, takes half a pass for the dense network and half a pass for the compressed
 one, for each layer; and once or twice half a pass more where norms have to be found before the layer. The library
-leaves out parts whose layers are all done, and notes what the dense network puts out at many layers in one run. Passes are counted in multiply-adds, for random weights and inputs; both ways find the same.
+leaves out parts whose layers are all done, and notes what the dense network puts out at many layers in one run. Passes
+are counted in multiply-adds, for random weights and inputs; both ways find the same.
 
     python benchmarks/calibration_passes.py --write
 """
