@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,26 @@ def test_what_goes_elsewhere_as_well_is_not_normed(other):
             ]()
 
     assert normed(Neck(), torch.ones(3, 4))["linear"] is False
+
+
+def test_what_a_model_returns_may_be_of_any_kind():
+    @dataclass(slots=True)
+    class Returned:
+        values: torch.Tensor
+        kind: type
+
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            knot = [self.norm(y)]
+            knot.append(knot)
+            return knot, Returned(y, Returned)
+
+    assert normed(Returning(), torch.ones(3, 4)) == {"linear": False}
 
 
 def test_the_order_is_that_of_the_data_whichever_batch_comes_first():

@@ -110,6 +110,25 @@ def test_a_step_is_seen_however_the_gradients_came(gradients, seed, execution, o
     assert layer.execution == execution
 
 
+class ClearingAdam(torch.optim.Adam):
+    """Takes a step, and lets go of the gradients."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_ends_without_gradients_is_seen(fused):
+    layer, inputs = tuned("dense")
+    optimizer = ClearingAdam(layer.parameters(), lr=0.1, fused=fused)
+    by_backward(layer, inputs)
+    optimizer.step()
+    assert is_right(layer, inputs)
+    assert layer.execution == "factored"
+
+
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_is_seen_by_the_layer_whose_factors_it_writes_to_and_by_no_other(way, fused):

@@ -222,6 +222,39 @@ def test_a_part_that_hands_something_on_in_secret_is_found_out_in_the_end():
     assert alike(found, refitted(model, batches, reuse=False))
 
 
+LEFT = [torch.zeros(16)]
+
+
+class Leaves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.inside(x)
+        LEFT[0] = 3 * y.mean(0)
+        return y
+
+
+class HandsOn(nn.Module):
+    """The first layer leaves something for the second one where nobody sees it."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norms = nn.Sequential(*(nn.BatchNorm1d(16) for _ in range(norms)))
+        self.part = Leaves()
+
+    def forward(self, x):
+        return self.second(self.norms(self.first(self.part(x))) + LEFT[0])
+
+
+@pytest.mark.parametrize("norms", [0, 1, 2])
+def test_what_is_handed_on_in_secret_is_found_out_however_few_layers_there_are(norms):
+    model = fill_(HandsOn(norms), 0).eval()
+    assert alike(refitted(model, batches_for(model)), refitted(model, batches_for(model), reuse=False))
+
+
 # The model
 
 

@@ -7,6 +7,7 @@ import copy
 import random
 from collections import deque
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class Deep(nn.Module):
         self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
         self.hidden = torch.zeros(12)
         self.listed, self.table = [torch.zeros(12)], {"k": [], "v": ([], torch.zeros(12))}
-        self.cache = Cache()
+        self.cache, self.space = Cache(), SimpleNamespace(count=0, rows=[])
         self.drawn = torch.Generator().manual_seed(0)
 
     def forward(self, x):
@@ -53,6 +54,8 @@ class Deep(nn.Module):
         self.hidden.add_(mean)
         self.listed[0].add_(mean)
         self.cache.count += 1
+        self.space.count += 1
+        self.space.rows.append(mean)
         self.cache.rows.append(mean)
         self.cache.last.mul_(0.5).add_(mean)
         return z
@@ -60,7 +63,12 @@ class Deep(nn.Module):
     def state(self):
         cache = self.cache
         tensors = [self.hidden, self.listed[0], self.table["v"][1], cache.last, self.drawn.get_state()]
-        return [one.tolist() for one in tensors], len(self.table["k"]), len(self.table["v"][0]), cache.count, cache.rows
+        return (
+            [one.tolist() for one in tensors],
+            len(self.table["k"]),
+            len(self.table["v"][0]),
+            (cache.count, cache.rows, vars(self.space).copy()),
+        )
 
 
 def numpy_state():
@@ -124,6 +132,7 @@ def test_it_is_said_whether_anything_was_put_back():
         "a list in a dictionary": lambda: model.table["k"].append(1),
         "in a tuple": lambda: model.table["v"][0].append(1),
         "an object": lambda: setattr(model.cache, "count", 5),
+        "a namespace": lambda: model.space.rows.append(1),
         "a generator": lambda: torch.rand(1, generator=model.drawn),
         "an attribute": lambda: setattr(model, "hidden", None),
         "a new attribute": lambda: setattr(model, "new", 1),

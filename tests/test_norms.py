@@ -41,7 +41,7 @@ def follow(model, batches, changed):
     for batch in batches:
         with norms.watching_dense() as seen:
             model(batch)
-        with changed(), norms.in_place(seen):
+        with changed(), norms.in_place(seen, norms.unsettled):
             model(batch)
     norms.settle()
     return norms
@@ -111,7 +111,7 @@ def test_one_batch_is_matched_while_it_runs():
     norms = FollowingNorms(model)
     with torch.no_grad(), norms.watching_dense() as seen:
         dense = values_at(model[1], lambda: model(images(0)))
-    with torch.no_grad(), another_weight(model[0], weight), norms.in_place(seen):
+    with torch.no_grad(), another_weight(model[0], weight), norms.in_place(seen, norms.unsettled):
         assert close(values_at(model[1], lambda: model(images(0))), dense)
 
 
@@ -188,7 +188,7 @@ def test_a_norm_called_several_times_is_matched_to_all_its_calls_together():
     with torch.no_grad():
         with norms.watching_dense() as seen:
             model(batch)
-        with another_weight(model.first, weight), norms.in_place(seen):
+        with another_weight(model.first, weight), norms.in_place(seen, norms.unsettled):
             compressed = inputs()  # each call matched to that call, until all have been seen
         norms.settle()
     (mean, new_mean), (variance, new_variance) = norms.statistics()
@@ -204,7 +204,7 @@ def test_norms_are_settled_as_the_network_comes_to_them():
     with torch.no_grad():
         with norms.watching_dense() as seen:
             model[1](model[0](batch))
-        with norms.in_place(seen):
+        with norms.in_place(seen, norms.unsettled):
             model[1](model[0](batch))
     assert norms.unsettled
     norms.settle()
@@ -215,7 +215,7 @@ def test_norms_are_settled_as_the_network_comes_to_them():
             assert len(model[1]._forward_pre_hooks) == 0  # it has been
             assert len(model[3]._forward_pre_hooks) == 1
             model(batch)
-        with norms.in_place(seen):
+        with norms.in_place(seen, norms.unsettled):
             model(batch)
     norms.settle()
     assert not norms.unsettled
@@ -238,7 +238,7 @@ def test_the_model_is_as_before_after_every_context(context, stop):
     def run():
         with torch.no_grad(), norms.watching_dense() as seen:
             model(batch)
-        again = norms.watching_dense() if context == "watching_dense" else norms.in_place(seen)
+        again = norms.watching_dense() if context == "watching_dense" else norms.in_place(seen, norms.unsettled)
         with torch.no_grad(), another_weight(model.conv1, 2 * model.conv1.weight.detach()), again:
             model(batch)
             if stop is not None:
@@ -311,7 +311,7 @@ def test_a_network_that_goes_another_way_leaves_the_rest_alone():
         with norms.watching_dense() as seen:
             model(randn(9, 4, seed=0))
         model.turn = True
-        with norms.in_place(seen):
+        with norms.in_place(seen, norms.unsettled):
             model(randn(9, 4, seed=0))
     norms.settle()
     write_(norms)

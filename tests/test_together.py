@@ -90,6 +90,10 @@ def test_other_inputs_gradients_hooks_and_changed_factors_take_three():
     assert takes(5, x, x, x)
     assert seen == [1]
     handle.remove()
+    layer.q_proj.forward = lambda given: seen.append(2) or type(layer.q_proj).forward(layer.q_proj, given)
+    assert takes(5, x, x, x)
+    assert seen == [1, 2]
+    del layer.q_proj.forward
     assert takes(3, x, x, x)
     assert torch.allclose(layer(x, x, x)[0], plain(x, x, x)[0])  # with gradients
     layer(x, x, x)[0].sum().backward()

@@ -14,7 +14,7 @@ from ._matricise import channel_view
 from ._moments import Moments, input_rows
 from ._progress import progress
 from ._ranks import ALONE
-from ._running import check_not_mapped, observing
+from ._running import check_not_mapped, given_to, observing
 from ._traffic import hook_first, watcher_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Calibration:
 
                 def gather(module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
                     name = names[module]  # noqa: B023 - called in this turn of the loop only
-                    given = args[0] if args else kwargs["input"]
+                    given = given_to(args, kwargs)
                     check_not_mapped(name, given)
                     if moments and not why_uncalibrated(module):
                         rows = input_rows(module, given, len(traffic[name].calls))  # noqa: B023

@@ -11,6 +11,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ._random_state import devices_of, random_states_put_back
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
@@ -51,9 +53,7 @@ def type_of(module: nn.Module) -> type[nn.Module]:
 
 def random_state_kept(module: nn.Module) -> AbstractContextManager[None]:
     """Put the random state of the devices of a module back at the end: functions of users may draw from it."""
-    devices = sorted({one.device.index for one in module.parameters() if one.is_cuda})
-    kept: AbstractContextManager[None] = torch.random.fork_rng(devices)
-    return kept
+    return random_states_put_back(devices_of(module))
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
             raise ValueError(f"what is computed for {name!r} is a {type(value).__name__}{layout}")
         # A copy: a pruned weight may be the original itself, and what is computed may be expanded.
         own_memory = value.detach().clone(memory_format=torch.preserve_format)
-        made[name] = nn.Parameter(own_memory, requires_grad=_trained(module, name))
+        made[name] = nn.Parameter(own_memory, requires_grad=any(one.requires_grad for one in sources_of(module, name)))
     everything = made | rest
     first = [name for name in ("weight", "bias") if name in everything]
     plain._parameters = {
@@ -114,13 +114,11 @@ def _of_torch(hook: Any) -> bool:
     return where.startswith("torch.nn.utils.")
 
 
-def _trained(module: nn.Module, name: str) -> bool:
-    """Tell whether any of what a tensor is computed from is trained."""
+def sources_of(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """Return the parameters that a tensor is computed from, by parametrizations, pruning or the older norms."""
     if is_parametrized(module) and name in module.parametrizations:  # type: ignore[operator]
-        parts = module.parametrizations[name].parameters(recurse=False)  # type: ignore[union-attr, index]
-    else:
-        parts = (value for key, value in module._parameters.items() if key.startswith(f"{name}_") and value is not None)
-    return any(one.requires_grad for one in parts)
+        return list(module.parametrizations[name].parameters())  # type: ignore[union-attr, index]
+    return [one for key, one in module._parameters.items() if one is not None and key.startswith(f"{name}_")]
 
 
 def computed_tensors(module: nn.Module) -> Iterator[tuple[str, object]]:

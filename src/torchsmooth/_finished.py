@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ._random_state import RandomState
+from ._random_state import RandomState, devices_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -45,7 +45,7 @@ class FinishedParts:
 
     def __init__(self, model: nn.Module) -> None:
         self.used = False
-        self._model = model
+        self._model, self._devices = model, devices_of(model)
         self._kept: dict[int, dict[nn.Module, _Kept]] = {}
         self._size = 0
         self._given_up = False
@@ -81,13 +81,12 @@ class FinishedParts:
                 if is_first and part in kept:
                     self.used = True
                     return _copied(kept[part].output)
-                given = _tensors_in((args, *kwargs.values()))
+                given = _plain_tensors_in((args, *kwargs.values()))
                 if not is_first or still_to_change or given is None:
                     return compute(*args, **kwargs)
-                devices = sorted({one.device.index for one in given if one.device.type == "cuda"})
-                versions, random = [one._version for one in given], RandomState.now(devices)
+                versions, random = [one._version for one in given], RandomState.now(self._devices)
                 output = compute(*args, **kwargs)
-                if versions == [one._version for one in given] and random.is_as(RandomState.now(devices)):
+                if versions == [one._version for one in given] and random.is_as(RandomState.now(self._devices)):
                     self._keep(kept, part, output, given)
                 return output
 
@@ -104,7 +103,7 @@ class FinishedParts:
 
     def _keep(self, kept: dict[nn.Module, _Kept], part: nn.Module, output: Any, given: list[Tensor]) -> None:
         """Keep an output in place of those of the parts of the part, if there is room."""
-        tensors = _tensors_in((output,))
+        tensors = _plain_tensors_in((output,))
         if tensors is None or not tensors:
             return
         storages = [one.untyped_storage().data_ptr() for one in tensors]
@@ -139,7 +138,7 @@ def _parts(model: nn.Module, unfinished: Collection[nn.Module]) -> list[nn.Modul
     return parts
 
 
-def _tensors_in(values: tuple[Any, ...]) -> list[Tensor] | None:
+def _plain_tensors_in(values: tuple[Any, ...]) -> list[Tensor] | None:
     """Return the tensors of nested tuples; None if there is anything else that could be changed or cannot be copied."""
     tensors: list[Tensor] = []
     for value in values:
@@ -148,7 +147,7 @@ def _tensors_in(values: tuple[Any, ...]) -> list[Tensor] | None:
                 return None
             tensors.append(value)
         elif type(value) is tuple:
-            inner = _tensors_in(value)
+            inner = _plain_tensors_in(value)
             if inner is None:
                 return None
             tensors += inner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,7 +121,9 @@ def _reach(values: Iterable[Any], seen: dict[int, Any], package: str) -> Iterabl
                 todo.extend(one.values() if isinstance(one, dict) else one)
                 if not isinstance(one, tuple):
                     yield one
-        elif _package(one) == package not in _OTHERS and isinstance(getattr(one, "__dict__", None), dict):
+        elif isinstance(one, SimpleNamespace) or (
+            _package(one) == package not in _OTHERS and isinstance(getattr(one, "__dict__", None), dict)
+        ):
             seen[id(one)] = one
             todo.append(vars(one))
 

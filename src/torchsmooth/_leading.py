@@ -71,7 +71,7 @@ def truncated_factors(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Source: Eckart and Young, "The approximation of one matrix by another of lower rank", 1936.
     """
-    return factors_in(leading_basis(matrices, rank), matrices)[:2]
+    return factors_in(leading_basis(matrices, rank), matrices)
 
 
 def is_few(matrices: Tensor, rank: int) -> bool:

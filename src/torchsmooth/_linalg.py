@@ -194,7 +194,7 @@ def orthonormal(basis: Tensor) -> Tensor:
     return 1.5 * exact - 0.5 * (exact @ (exact.mT @ exact))
 
 
-def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Project each matrix onto a basis of its small side: the best approximation if that is its leading vectors.
 
     Each singular value is shared between the factors as its square root on both sides, which keeps both in the
@@ -206,9 +206,7 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]
         matrices: ``(groups, m, n)``, any floating dtype, finite.
 
     Returns:
-        ``up`` ``(groups, m, rank)`` and ``down`` ``(groups, rank, n)`` in float64, their product the approximation,
-        and ``(groups, rank)`` in float64: the norm of the projection onto each column, which is the singular value if
-        the basis belongs to the matrices.
+        ``up`` ``(groups, m, rank)`` and ``down`` ``(groups, rank, n)`` in float64, their product the approximation.
     """
     tall, wide = matrices.shape[-2] > matrices.shape[-1], widened(matrices)
     # Scaled first, or the squares of very large and very small entries would leave the range of float64; by a power of
@@ -231,7 +229,7 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]
         up, down = down.mT, up.mT
     strongest = up.gather(-2, up.abs().argmax(-2, keepdim=True))
     sign = torch.where(strongest < 0, -1.0, 1.0).to(up)
-    return up * sign, down * sign.mT, sizes * (half * half).squeeze(-1)
+    return up * sign, down * sign.mT
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._geometry import Convolution, Transposed
 from ._prices import Positions
-from ._running import check_not_mapped, observing
+from ._running import check_not_mapped, given_to, observing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ def observe_macs(model: nn.Module, inputs: Inputs, layers: Mapping[str, nn.Modul
     found = dict.fromkeys(layers, Positions())
 
     def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        given = args[0] if args else kwargs["input"]
+        given = given_to(args, kwargs)
         check_not_mapped(name, given)
         found[name] = Positions(*map(sum, zip(found[name], _positions(module, given, output), strict=True)))
 

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._linalg import clamped, working_copy
 from ._ranks import ALONE
+from ._running import given_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -112,13 +113,13 @@ class FollowingNorms:
         seen: Seen = {}
 
         def note(norm: Any, args: Any, kwargs: Any) -> None:
-            seen.setdefault(norm, []).append(Spread.of(args[0] if args else kwargs["input"]))
+            seen.setdefault(norm, []).append(Spread.of(given_to(args, kwargs)))
 
         with _hooked(self.unsettled, note):
             yield seen
 
     @contextmanager
-    def in_place(self, seen: Seen, finding: Sequence[_BatchNorm] | None = None) -> Iterator[None]:
+    def in_place(self, seen: Seen, finding: Sequence[_BatchNorm]) -> Iterator[None]:
         """Let the model's norms use the statistics of the compressed network, and find some of them.
 
         While they are found for the first time, each batch is matched by itself, so that what comes behind a norm is
@@ -126,9 +127,8 @@ class FollowingNorms:
 
         Args:
             seen: what the same batch looks like in the dense network.
-            finding: norms whose statistics are to be found; by default those that are not settled.
+            finding: norms whose statistics are to be found.
         """
-        norms = self.unsettled if finding is None else finding
         met: dict[_BatchNorm, int] = {}
 
         def match(norm: Any, args: Any, kwargs: Any) -> None:
@@ -137,7 +137,7 @@ class FollowingNorms:
             dense = seen.get(norm, [])
             if call >= len(dense):  # the two networks have gone different ways
                 return
-            here = Spread.of(args[0] if args else kwargs["input"])
+            here = Spread.of(given_to(args, kwargs))
             if norm not in self._settled:
                 self._set(norm, dense[call], here)
             totals = self._totals.get(norm)
@@ -147,7 +147,7 @@ class FollowingNorms:
         try:
             for norm in self._norms:
                 norm._buffers["running_mean"], norm._buffers["running_var"] = self._statistics[norm]
-            with _hooked(norms, match):
+            with _hooked(finding, match):
                 yield
         finally:
             for norm, buffers in kept:

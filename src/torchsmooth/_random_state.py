@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def random_states_put_back(devices: Sequence[int]) -> Iterator[None]:
         random.setstate(python)
         if numpy is not None:
             numpy.set_state(state)
+
+
+def devices_of(module: nn.Module) -> list[int]:
+    """Return the indices of the CUDA devices that the parameters of a module lie on."""
+    return sorted({one.device.index for one in module.parameters() if one.is_cuda})
 
 
 def _generators(devices: Sequence[int]) -> list[torch.Generator]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import quoted
+from ._computed import sources_of
 from ._sharded import is_sharded, part_like, sharded_for, whole
 from ._weight import Weight
 
@@ -90,14 +91,11 @@ class Use:
 
     def known_sources(self) -> list[nn.Parameter]:
         """Return the parameters that a tensor is computed from, by parametrizations or hooks of torch; else none."""
-        if parametrize.is_parametrized(self.module, self.tensor_name):
-            parametrizations: Any = self.module.parametrizations
-            return list(parametrizations[self.tensor_name].parameters())
-        if self.tensor_name not in vars(self.module):
-            return []
         # Pruning and the older norms set a plain attribute.
-        own = self.module._parameters.items()
-        return [one for name, one in own if one is not None and name.startswith(f"{self.tensor_name}_")]
+        is_computed = parametrize.is_parametrized(self.module, self.tensor_name) or self.tensor_name in vars(
+            self.module
+        )
+        return sources_of(self.module, self.tensor_name) if is_computed else []
 
 
 @dataclass(frozen=True, eq=False)

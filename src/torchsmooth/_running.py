@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ._checks import describe, with_article
 from ._kept_state import KeptState
-from ._random_state import random_states_put_back, seed_all_
+from ._random_state import devices_of, random_states_put_back, seed_all_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import nn
 
@@ -67,6 +67,11 @@ def check_not_mapped(layer: str, given: Any) -> None:
         )
 
 
+def given_to(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the input among the arguments of a layer or a norm."""
+    return args[0] if args else kwargs["input"]
+
+
 def outline(value: Any) -> str:
     """Say what a model was called with."""
     if isinstance(value, Tensor):
@@ -107,7 +112,7 @@ def tracing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _leaving_as_it_is(model: nn.Module, kept: KeptState) -> Iterator[Callable[[int], bool]]:
-    devices = sorted({one.device.index for one in model.parameters() if one.device.type == "cuda"})
+    devices = devices_of(model)
 
     def begin(batch: int) -> bool:
         has_changed = kept.put_back_()

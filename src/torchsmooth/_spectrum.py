@@ -35,7 +35,7 @@ class Anew:
 
     def factors(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return what :meth:`Spectrum.factors` does where the basis is kept, to the last bit."""
-        return factors_in(whole_basis(matrices, rank), matrices)[:2]
+        return factors_in(whole_basis(matrices, rank), matrices)
 
 
 class Spectrum:
@@ -53,28 +53,22 @@ class Spectrum:
     """
 
     def __init__(self, matrices: Tensor, *, with_basis: bool, keep: bool = True) -> None:
-        self._basis: Tensor | None = None
         self._keep, self._outline = keep, _outline(matrices)
-        if with_basis:
-            values, basis = decompose(matrices)
-            self._values, self._basis = values.cpu(), basis.cpu()
-        else:
-            self._values = singular_values(matrices).cpu()
+        self._values, self._basis = _decomposed(matrices, with_basis=with_basis)
 
     @classmethod
     def of_alike(cls, several: Sequence[Tensor], *, with_basis: bool, keep: bool = True) -> list[Spectrum]:
         """Decompose several weights of one shape in one call, each as it is alone but for rounding."""
         if len(several) == 1:
             return [cls(several[0], with_basis=with_basis, keep=keep)]
-        together = cls(torch.cat(list(several)), with_basis=with_basis, keep=keep)
+        values, basis = _decomposed(torch.cat(list(several)), with_basis=with_basis)
         found = []
         for number, matrices in enumerate(several):
             one = cls.__new__(cls)
             part = slice(number * len(matrices), (number + 1) * len(matrices))
             # Clones, or each would keep all of them in memory.
-            one._values, one._keep = together._values[part].clone(), keep
-            one._basis = None if together._basis is None else together._basis[part].clone()
-            one._outline = _outline(matrices)
+            one._values, one._basis = values[part].clone(), None if basis is None else basis[part].clone()
+            one._keep, one._outline = keep, _outline(matrices)
             found.append(one)
         return found
 
@@ -108,13 +102,20 @@ class Spectrum:
             self._basis = basis.cpu() if self._keep else None
         if not is_good_for(self._values, basis, rank):
             basis = decompose(matrices, exact=True)[1]
-        return factors_in(basis[..., :rank], matrices)[:2]
+        return factors_in(basis[..., :rank], matrices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Spectrum:
         return self  # nothing of it ever changes, but that a basis comes to be known
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_values": self._values, "_basis": None, "_keep": self._keep, "_outline": self._outline}
+
+
+def _decomposed(matrices: Tensor, *, with_basis: bool) -> tuple[Tensor, Tensor | None]:
+    if not with_basis:
+        return singular_values(matrices).cpu(), None
+    values, basis = decompose(matrices)
+    return values.cpu(), basis.cpu()
 
 
 def _outline(matrices: Tensor) -> tuple[bool, Outline]:

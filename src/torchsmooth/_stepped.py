@@ -44,8 +44,9 @@ def watch_steps_(keeper: Keeper) -> None:
 def _tell(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[Any, Any]) -> None:
     if not _keepers:
         return
-    # Those without a gradient were passed over.
-    stepped = {id(one) for group in optimizer.param_groups for one in group["params"] if one.grad is not None}
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    # Those without a gradient were passed over; if no one has any, the step itself may have ended in zero_grad.
+    stepped = {id(one) for one in parameters if one.grad is not None} or set(map(id, parameters))
     for known in _keepers.copy():
         keeper = known()
         if keeper is not None and any(id(one) in stepped for one in keeper.made_of()):

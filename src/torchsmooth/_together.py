@@ -64,7 +64,7 @@ def run_together(layers: Sequence[nn.Module], input: Tensor) -> tuple[Tensor, ..
     if together is None:
         return None
     for layer, one in zip(layers, together.members, strict=True):
-        hooks = layer._forward_hooks or layer._forward_pre_hooks
-        if hooks or derived_of(layer) is not one or active(layer, input) is None:
+        others = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        if others or derived_of(layer) is not one or active(layer, input) is None:
             return None
     return torch.split(F.linear(input, together.weight, together.bias), together.lengths, -1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._norms import norms_of
+from ._running import given_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -90,10 +91,10 @@ class Watcher:
 
                 def begin(_norm: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                     self._note(name)
-                    self._taking.append(id(args[0] if args else kwargs["input"]))
+                    self._taking.append(id(given_to(args, kwargs)))
 
                 def end(_norm: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-                    given = args[0] if args else kwargs["input"]
+                    given = given_to(args, kwargs)
                     self._taking.remove(id(given))
                     output = self._output(given)
                     if output is not None and not output.taken:
@@ -158,22 +159,27 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors_in((args, kwargs)):
+        for tensor in _tensors_in(args, kwargs):
             self._tell(tensor)
         return func(*args, **(kwargs or {}))
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors_in(one)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors_in(one)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from _tensors_in(vars(value))
+def _tensors_in(*values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in containers and dataclasses."""
+    todo: list[Any] = list(values)
+    seen: dict[int, Any] = {}
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) in seen:  # a container may hold itself
+            continue
+        elif isinstance(value, (Mapping, tuple, list)):
+            seen[id(value)] = value
+            todo.extend(value.values() if isinstance(value, Mapping) else value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            seen[id(value)] = value
+            todo.extend(getattr(value, one.name, None) for one in fields(value))
 
 
 def _merge_(order: list[str], sequence: Sequence[str]) -> None:

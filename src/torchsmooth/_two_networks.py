@@ -14,6 +14,7 @@ from ._finished import FinishedParts
 from ._layers import weight_of
 from ._moments import Moments, input_rows, output_rows
 from ._progress import progress
+from ._running import given_to
 from ._traffic import hook_first
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ class TwoNetworks:
             if not any(module in noted.outputs for noted in self._noted.values()):
                 self._note_dense(begin, [module, *following])
             self._settle_norms_before(begin, module)
-            used, is_different = self._finished.used, False
+            is_different = False
             for index, noted in self._noted.items():
                 if module not in noted.outputs:
                     continue
                 pairs = self._pairs(begin, index, module, noted)
-                if not following and used:
+                if not following and self._finished.used:
                     in_full = self._pairs(begin, index, module, noted, reuse=False)
                     is_different = is_different or not _are_close(pairs, in_full)
                 for given, output in pairs:
@@ -143,10 +144,12 @@ class TwoNetworks:
         until: Mapping[int, Mapping[nn.Module, int]],
     ) -> None:
         # Of several, the later ones get what the earlier ones let through, which is right only when those are known.
-        for _ in range(min(len(norms), 2)):
+        for again in range(min(len(norms), 2)):
+            # What was kept up to the last layer has been compared with what comes when all runs; what came since not.
+            reuse = bool(until) or not again
             for index in progress(seen, "settling norms", enabled=False if until else self.calibration.show):
                 if any(norm in seen[index] for norm in norms):
-                    self._run_compressed(begin, index, seen[index], until.get(index, {}), finding=norms)
+                    self._run_compressed(begin, index, seen[index], until.get(index, {}), finding=norms, reuse=reuse)
             self.norms.settle()
 
     def _note_dense(self, begin: Callable[[int], bool], layers: list[nn.Module]) -> None:
@@ -250,7 +253,7 @@ def _until(calls: Mapping[nn.Module, int], note: Callable[[nn.Module, Tensor, Te
     def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         nonlocal left
         left -= 1
-        note(layer, args[0] if args else kwargs["input"], output)
+        note(layer, given_to(args, kwargs), output)
         if not left:
             raise _Reached
 

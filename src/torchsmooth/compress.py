@@ -92,7 +92,8 @@ def svd_compress_(
             ‖W‖² (with ``max_error`` the weights alone decide), and factors, biases and BatchNorm statistics are fitted
             to it in closed form, layer after layer; no gradients. A layer that the data never reaches or with inputs
             wider than 8,192, a transposed convolution and an embedding are compressed without, and the report says so.
-            The batches are kept in memory meanwhile, and second moments in float64 of at most 1 GiB, or of one layer.
+            The batches are kept in memory meanwhile, second moments in float64 of at most 1 GiB, or of one layer, and
+            up to 2 GiB of outputs of layers.
         parametrized: layers whose weight is computed (``torch.nn.utils.parametrize``, weight_norm, spectral_norm,
             pruning masks): ``"keep"`` leaves them as they are, ``"merge"`` compresses what is computed now, and
             removes what computed it; where that saves nothing, the layer stays as it is.

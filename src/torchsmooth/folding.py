@@ -209,7 +209,6 @@ def _held(sharing: Sharing, layer: nn.Module | None, name: str, norm: _BatchNorm
     return f"the layer or {name!r} is {held}" if held else ""
 
 
-@torch.no_grad()
 def _with_norm(layer: nn.Module, norm: Any) -> nn.Module:
     """Copy a layer that does the work of a norm as well."""
     folded: Any = copy.deepcopy(layer)

@@ -148,8 +148,8 @@ def tune_(
 
     In a trace (``torch.jit.trace``, ``torch.fx``) and in an export all layers are run by their factors. Packed weights
     are used by plain calls in eager mode: under ``torch.compile`` a merged layer is run by an ordinary dense weight and
-    others by their factors, under autocast or in a transform of ``torch.func`` all by their factors. They are not taken
-    along to another device or dtype.
+    others by their factors, and under autocast or in a transform of ``torch.func`` each layer that is packed runs its
+    factors. Packed weights are not taken along to another device or dtype.
 
     Args:
         model: with low-rank layers, on the device and in the dtype that it will run in. The mode does not matter.
