@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # For what Inductor does: it runs a C++ compiler, and imports modules that use what torch itself calls deprecated.
 _SKIP = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler (g++, or $CXX)")
-_IGNORE = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+_IGNORE = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
 
 def needs_compiler(test: Callable[..., None]) -> Callable[..., None]:

@@ -63,7 +63,7 @@ def plain_pickle(folder):
 
 def script(folder):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         torch.jit.script(nn.Linear(2, 2)).save(folder / "model.pt")
     return folder / "model.pt"
 

@@ -142,7 +142,7 @@ def test_a_step_is_seen_by_the_layer_whose_factors_it_writes_to_and_by_no_other(
     assert all(is_right(one, inputs) for one in (layer, other, frozen))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_steps_of_a_compiled_optimizer_are_seen(fused):
     layer, inputs = tuned("dense")

@@ -21,7 +21,7 @@ with_the_rest_slow = pytest.mark.parametrize(
 )
 # torch's exporter calls what torch has renamed.
 tree_spec = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
-torchscript = pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is deprecated:DeprecationWarning")
+torchscript = pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is deprecated")
 
 
 def exported(model, batch, **kwargs):

@@ -72,7 +72,7 @@ def on_meta():
 
 def traced():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit has been replaced, and is still in use
+        warnings.simplefilter("ignore")  # torch.jit has been replaced, and is still in use
         return torch.jit.trace(two_layers(), INPUTS)
 
 

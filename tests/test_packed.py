@@ -131,7 +131,7 @@ def test_each_kind_of_layer_is_packed(kind, execution):
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch.func.jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # by torch.func.jvp
 def test_what_the_operators_cannot_do_is_run_by_the_factors(kind):
     layer, inputs = packed_layer(kind)
     factors = copy.deepcopy(layer)
@@ -196,7 +196,7 @@ def test_multiply_adds_of_packed_layers_are_counted(kind, execution):
 
 @pytest.mark.parametrize("kind", ["linear", "convolution", "tucker"])
 @pytest.mark.parametrize("execution", PACKED)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
 def test_packed_layers_are_compiled_exported_and_traced(kind, execution):
     layer, inputs = packed_layer(kind, execution)
     expected = run(layer, inputs).double()

@@ -24,7 +24,7 @@ SLOW = {"docs/deploying.md": {"torch.compile", "ONNX", "AOTInductor"}}
 # What torch and torchao call among themselves.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is deprecated"),
 ]
 
 

@@ -577,7 +577,7 @@ def test_what_was_derived_does_not_outlive_the_layer(monkeypatch):
         assert not any(derived_of(module) for module in one.modules() if type(module) is nn.Conv2d)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*is deprecated")
 @pytest.mark.parametrize("execution", ["dense", "pivoted"])
 def test_compiled_graphs_hold_what_is_run_and_traces_and_exports_the_factors(execution):
     model = nn.Sequential(

@@ -19,7 +19,6 @@ from ._checks import (
 from ._layer_spectrum import RATIO_MEANS, LayerSpectrum, measured, scheme_for
 from ._matricise import SCHEMES, Scheme
 from ._reading import find_weights, geometry_of, read_weight
-from ._registered import unwrapped
 from ._table import format_shape, format_table
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def spectrum(
     computed (parametrized, pruned, normed) are computed from what the model holds now.
 
     Args:
-        model: a model, in either mode; wrapped (DataParallel, DistributedDataParallel, torch.compile) or not.
+        model: a model, in either mode; wrapped (DistributedDataParallel, torch.compile) or not.
         ratio: the fraction of its parameters that each layer would lose by being factored, 0 < ratio < 1, the same for
             all; the energy is the share of ‖W‖² that would be left.
         scheme: which matricisation of a convolution: ``"channel"``, ``"input"``, ``"spatial"`` or
@@ -205,7 +204,7 @@ def spectrum(
     check_choice(scheme, "scheme", SCHEMES)
     check_filter(filter_fn)
     check_initialised(model)
-    found = find_weights(unwrapped(model), filter_fn)
+    found = find_weights(model, filter_fn)
     if not found:
         left_out = " that filter_fn keeps" if filter_fn is not None else ""
         raise ValueError(
