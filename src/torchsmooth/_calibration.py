@@ -12,10 +12,11 @@ from ._batches import collect, run
 from ._layers import KINDS, weight_of
 from ._matricise import channel_view
 from ._moments import Moments, input_rows
+from ._norms import norms_of
 from ._progress import progress
 from ._ranks import ALONE
 from ._running import check_not_mapped, given_to, observing
-from ._traffic import hook_first, watcher_of
+from ._traffic import Watcher, hook_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +74,7 @@ class Calibration:
         for group in _groups(layers) if moments else [dict(layers)]:
             gathered = {name: Moments() for name in group}
             names = {module: name for name, module in group.items()}
-            watcher = watcher_of(model, names)
+            watcher = Watcher(names, norms_of(model))
             traffic = watcher.traffic
             with running(model) as begin, watcher.attached():
 

@@ -201,7 +201,7 @@ def nobody_watches() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
+        and _tracing_state() is None
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._checks import FLOAT_DTYPES, describe, is_quantised, is_wanted, kind_of_tensor
-from ._computed import computed_tensors, is_hooked
+from ._computed import computed_tensors, is_hooked, random_state_kept
 from ._registered import LAYERS, name_of
 
 if TYPE_CHECKING:
@@ -111,9 +110,7 @@ def _untouched(module: nn.Module) -> object:
         return getattr(module, "weight", None)
     parametrization: Any = module.parametrizations["weight"]  # type: ignore[index]
     before = [(buffer, buffer.clone()) for buffer in parametrization.buffers()]
-    devices = {tensor.device for tensor in parametrization.parameters() if tensor.is_cuda}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+    with random_state_kept(parametrization):
         weight: object = module.weight
     with torch.no_grad():
         for buffer, value in before:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._norms import norms_of
 from ._running import given_to
 
 if TYPE_CHECKING:
@@ -55,6 +54,10 @@ class _Output:
 
 class Watcher:
     """Notes the traffic of layers while batches run.
+
+    Args:
+        names: of the layers.
+        norms: the BatchNorm layers of the model, by name.
 
     Attributes:
         traffic: that of each layer, by name; order and norms are there at the end.
@@ -200,8 +203,3 @@ def _merge_(order: list[str], sequence: Sequence[str]) -> None:
 def hook_first(module: nn.Module, hook: Callable[[nn.Module, Any, Any, Tensor], None]) -> Callable[[], None]:
     """Have a module's own output noted, before hooks of the user change it; returns what takes the hook off again."""
     return module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove
-
-
-def watcher_of(model: nn.Module, names: Mapping[nn.Module, str]) -> Watcher:
-    """Make what watches the layers of a model, and its norms."""
-    return Watcher(names, norms_of(model))

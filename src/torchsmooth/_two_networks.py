@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -225,12 +225,9 @@ class TwoNetworks:
                 if child in self.done:
                     parent._modules[name] = self.replacements[child]
             unfinished = {*(one for one in self.replacements if one not in self.done), *self.norms.unsettled, *finding}
-            with self.norms.in_place(seen, finding):
-                if reuse:
-                    with self._finished.in_place(index, unfinished):
-                        yield
-                else:
-                    yield
+            finished = self._finished.in_place(index, unfinished) if reuse else nullcontext()
+            with self.norms.in_place(seen, finding), finished:
+                yield
         finally:
             for parent, name, child in self._places:
                 parent._modules[name] = child
@@ -257,12 +254,10 @@ def _until(calls: Mapping[nn.Module, int], note: Callable[[nn.Module, Tensor, Te
         if not left:
             raise _Reached
 
-    take_off = [hook_first(module, hook) for module in calls]
-    try:
+    with ExitStack() as stack:
+        for module in calls:
+            stack.callback(hook_first(module, hook))
         yield
-    finally:
-        for one in take_off:
-            one()
 
 
 def _are_close(pairs: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> bool:

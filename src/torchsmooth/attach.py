@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
+    from .penalties import Penalty
+
 __all__ = ["PenaltyHandle", "attach_"]
 
 _HANDLES = "_torchsmooth_handles"
@@ -132,7 +134,7 @@ class PenaltyHandle:
         self._uses = len(uses)
         # Those that another optimizer trains, or none: they are no news later.
         self._left = set(self._not_stepped())
-        self._begin()
+        self._begin(self._registered())
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -229,9 +231,13 @@ class PenaltyHandle:
         stepped = {id(one) for one in self._stepped(parameters.values())}
         return {name: one for name, one in parameters.items() if id(one) not in stepped}
 
-    def _warn_of_replaced_layers(self) -> None:
+    def _registered(self) -> list[Penalty]:
+        """Return the penalties in the model by now, each once for every tensor that it is on."""
+        return [penalty for _, penalty in uses_in(self._inner)]
+
+    def _warn_of_replaced_layers(self, uses: int) -> None:
         """Warn where penalties have gone with their layers, and the optimizer has not got what took their place."""
-        before, self._uses = self._uses, sum(1 for _ in uses_in(self._inner))
+        before, self._uses = self._uses, uses
         if self._uses >= before:
             return
         new = [name for name, one in self._not_stepped().items() if one.requires_grad and name not in self._left]
@@ -262,8 +268,9 @@ class PenaltyHandle:
         factor = self._factor()
         found = closure_among(self._optimizer, args, kwargs)
         if factor != 0.0:
-            self._warn_of_replaced_layers()
-            self._begin()
+            registered = self._registered()
+            self._warn_of_replaced_layers(len(registered))
+            self._begin(registered)
             for adaptation in self._adaptations.values():
                 adaptation.advance(self.step)
             if found is None:
@@ -336,11 +343,11 @@ class PenaltyHandle:
     def _renew(self) -> None:
         """Begin what was registered since the last step; a handle that was removed keeps what it had."""
         if self._hooks:
-            self._begin()
+            self._begin(self._registered())
 
-    def _begin(self) -> None:
+    def _begin(self, registered: Iterable[Penalty]) -> None:
         """Start what adapts and is registered by now, and drop what is no longer."""
-        penalties = dict.fromkeys(penalty for _, penalty in uses_in(self._inner) if penalty.strength > 0.0)
+        penalties = dict.fromkeys(penalty for penalty in registered if penalty.strength > 0.0)
         before = self._adaptations
         self._adaptations = {
             one: before[one] if one in before else one.begin(self._inner)

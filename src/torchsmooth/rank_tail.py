@@ -50,8 +50,7 @@ class RankTail(AdaptivePenalty):
     P projects as the truncation does, to the planned scheme and rank, with bases held for ``refresh_every`` steps.
     Layers that the plan leaves dense, and those that cannot be compressed, are not penalised, nor are recurrent layers
     and attention's projections of its inputs, which are stored joined (its ``out_proj`` is penalised); the plan counts
-    with them. Layers that could carry the penalty and do
-    not are planned to stay dense.
+    with them. Layers that could carry the penalty and do not are planned to stay dense.
 
     Args:
         ratio: fraction of all parameters of the model that will be removed, strictly between 0 and 1.
