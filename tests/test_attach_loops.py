@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from tests.strategies import seeds
+from tests.strategies import fill_, seeds
 from tests.training import assert_same_parameters, double_layers, pull, sgd, squares, trained
-from torchsmooth import FirstDerivative, StrengthSchedule, attach_, penalty_loss, register_penalty
+from torchsmooth import FirstDerivative, NuclearNorm, StrengthSchedule, attach_, penalty_loss, register_penalty, smooth_
 
 few = settings(max_examples=4)
 
@@ -278,3 +279,26 @@ def test_step_without_a_gradient_of_the_data_is_one_of_the_penalties(seed):
         optimizer.step()
     assert penalty_loss(model).item() < before
     assert torch.equal(model.bias, bias)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_step_without_gradients_recorded_reaches_what_a_tensor_is_computed_from(recorded):
+    layer = parametrizations.weight_norm(fill_(nn.Linear(8, 8, bias=False), 0))
+    smooth_(layer, NuclearNorm(0.1))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    attach_(optimizer, layer)
+    before = [one.detach().clone() for one in layer.parameters()]
+    with torch.set_grad_enabled(recorded):
+        optimizer.step()
+    for one, other in zip(before, layer.parameters(), strict=True):
+        assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("every", "factor"), [(1, 1.0), (2, 1.0), (1, 3.0), (2, 0.5)])
+def test_the_loss_of_a_closure_has_the_penalty_with_its_factor(every, factor):
+    layer = smooth_(fill_(nn.Linear(8, 8, bias=False), 0), NuclearNorm(0.1))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    attach_(optimizer, layer, every=every, schedule=lambda step: factor)
+    expected = 1.0 + every * factor * float(penalty_loss(layer).detach())
+    loss = optimizer.step(lambda: (0 * layer.weight).sum() + 1.0)
+    assert float(loss.detach()) == pytest.approx(expected)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.networks import mlp
+from tests.strategies import fill_
 from tests.training import assert_same_parameters, double_layers, sgd, squares
 from torchsmooth import (
     Constrained,
@@ -163,3 +165,24 @@ def test_a_bound_is_taken_anew_where_the_penalty_comes_back(scale):
     (state,) = handle.state_dict()["adaptive"].values()
     torch.testing.assert_close(state["bounds"]["2.weight"], CONSTRAINT.bound * norm)
     assert state["multipliers"]["2.weight"].item() == pytest.approx(CONSTRAINT.strength)
+
+
+def test_a_state_that_fits_one_penalty_and_not_the_other_changes_neither():
+    model = fill_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), 0)
+    smooth_(model, Constrained(NuclearNorm(), 0.5, strength=0.1))
+    smooth_(model, RankTail(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = attach_(optimizer, model)
+    first = copy.deepcopy(handle.state_dict())
+    for _ in range(3):
+        optimizer.step()
+    before = copy.deepcopy(handle.state_dict())
+    wanted = copy.deepcopy(before)
+    constraint, tail = wanted["adaptive"].values()
+    constraint["multipliers"] = {name: one + 1 for name, one in constraint["multipliers"].items()}
+    tail.pop("layers")
+    with pytest.raises(ValueError, match="lacks 'layers'"):
+        handle.load_state_dict(wanted)
+    after = handle.state_dict()["adaptive"][repr(Constrained(NuclearNorm(), 0.5, strength=0.1))]
+    assert after["multipliers"] == next(iter(before["adaptive"].values()))["multipliers"]
+    assert handle.step == 3 != first["step"]

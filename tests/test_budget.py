@@ -118,3 +118,10 @@ def test_one_run_of_equal_layers_stays_quick_and_exact():
     layers = [build(list(range(10, 1010, 10)), [1 - i / 100 for i in range(1, 101)]) for _ in range(30)]
     indices = within_budget(layers, 15_003)
     assert total(layers, indices, "costs") == 15_000
+
+
+def test_an_error_of_just_what_is_allowed_is_allowed():
+    errors = torch.tensor([1.0, 0.0625, 0.0], dtype=torch.float64)
+    frontier = Frontier(torch.tensor([1, 2, 3]), errors, torch.arange(3))
+    assert within_error([frontier], 0.25) == [1]
+    assert within_error([frontier], 0.2) == [2]

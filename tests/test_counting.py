@@ -19,6 +19,7 @@ from tests.networks import same, snapshot
 from tests.reference import multiply_accumulates as by_hand
 from tests.strategies import fill_, randn, seeds
 from torchsmooth import fused, plan_compression, svd_compress_
+from torchsmooth._counting import _attention
 from torchsmooth._macs import count_macs
 from torchsmooth._running import as_inputs
 
@@ -331,3 +332,7 @@ def test_operators_without_a_formula_are_named_unless_they_are_given_one(operato
         register_flop_formula(operators.multiply)(lambda one, other, **_: 2 * one[0] * one[1] * other[1])
         again = plan_compression(model, 0.1, **options)
     assert again.macs_before == by_hand.product(5, 24, 24) + by_hand.product(5, 24, 5)
+
+
+def test_attention_with_values_of_another_width():
+    assert _attention([(2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 16)], None) == 2 * 4 * 5 * 7 * (8 + 16)

@@ -315,3 +315,30 @@ def test_a_trace_holds_the_parameters_and_runs_them(trace, frozen, seed, executi
         load(model)
         traced.load_state_dict(model.state_dict())
         assert is_right(layer, inputs, traced)
+
+
+HOOKS = {
+    "a hook": lambda one: one.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "a hook before": lambda one: one.register_forward_pre_hook(lambda module, inputs: (3 * inputs[0],)),
+}
+
+
+@pytest.mark.parametrize("child", ["down", "up"])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_hooks_of_a_child_are_called(execution, hook, child):
+    layer, inputs = tuned(execution)
+    handle = HOOKS[hook](getattr(layer, child))
+    assert layer.execution == "factored"
+    assert is_right(layer, inputs)
+    handle.remove()
+    assert is_right(layer, inputs)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_is_written_into_a_factor_is_seen(execution):
+    layer, inputs = tuned(execution)
+    with torch.no_grad():
+        layer.down.weight.mul_(2)
+        assert layer.execution == "factored"
+        assert is_right(layer, inputs)

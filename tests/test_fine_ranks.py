@@ -15,6 +15,7 @@ from torch import nn
 
 from tests.strategies import fill_, seeds
 from torchsmooth import plan_compression
+from torchsmooth._fine_ranks import raise_pairs
 from torchsmooth._matricise import Form
 
 FORMS = get_args(Form)
@@ -97,3 +98,29 @@ def test_other_plans_keep_to_the_pairs_that_they_chose(kwargs):
         if layer.rank is not None:
             grid = layer.options["tucker"].matricisation.ranks(layer.form).tolist()
             assert list(layer.rank) in grid
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_step_is_taken_just_if_what_is_left_over_pays_for_it(short):
+    model = fill_(nn.Sequential(nn.Conv2d(24, 20, 3, bias=False)), 0)
+    (layer,) = plan_compression(model, 0.6, scheme="tucker", form="factored", rank_multiple=1)
+    r_in, r_out = 4, 4
+    layer.choose("tucker", (r_in, r_out), "factored")
+    layout = layer.options["tucker"].matricisation
+    before = layout.parameters((r_in, r_out), "factored")
+    prices = {pair: layout.parameters(pair, "factored") - before for pair in ((5, 4), (4, 5))}
+    pair, price = min(prices.items(), key=lambda one: one[1])
+    raise_pairs([layer], price - short, 1)
+    assert layer.rank == ((r_in, r_out) if short else pair)
+
+
+def test_both_ranks_rise_where_one_alone_gains_nothing():
+    model = nn.Sequential(nn.Conv2d(24, 24, 3, bias=False))
+    with torch.no_grad():  # each output from one input: what is kept depends on the smaller rank alone
+        sizes = torch.linspace(2, 1, 24)
+        model[0].weight.copy_(torch.diag(sizes)[:, :, None, None] * torch.arange(1.0, 10.0).reshape(3, 3))
+    (layer,) = plan_compression(model, 0.6, scheme="tucker", form="factored", rank_multiple=1)
+    layer.choose("tucker", (4, 4), "factored")
+    layout = layer.options["tucker"].matricisation
+    raise_pairs([layer], layout.parameters((5, 5), "factored") - layout.parameters((4, 4), "factored"), 1)
+    assert layer.rank == (5, 5)

@@ -15,6 +15,9 @@ import torchsmooth
 from testbed.torchvision_import import import_torchvision
 from tests.networks import same, small_resnet, snapshot
 from tests.strategies import convolutions, fill_, low_rank, randn, seeds, small_convolutions
+from torchsmooth import fold_batchnorm_, svd_compress_
+from torchsmooth._derive import derive
+from torchsmooth._execution import derived_of, use_
 from torchsmooth._layers import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -305,3 +308,44 @@ def test_what_a_plain_attribute_holds_stays(attribute):
     with pytest.raises(ValueError, match="plain attribute stages"):
         torchsmooth.fold_batchnorm_(model, pairs=[("conv", "norm")])
     assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_frozen_network_stays_frozen(low_rank):
+    model = fill_(nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16)), 0).eval()
+    if low_rank:
+        svd_compress_(model, 0.5)
+    fold_batchnorm_(model.requires_grad_(False))
+    assert isinstance(model[1], nn.Identity)
+    assert not any(one.requires_grad for one in model.parameters())
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_shift_out_of_range_becomes_the_largest_of_the_dtype(sign):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    model.half()
+    with torch.no_grad():
+        model[1].running_var.fill_(0).add_(1e-4)
+        model[1].running_mean.fill_(-6e4 * sign)
+    fold_batchnorm_(model)
+    assert model[0].bias.tolist() == [sign * torch.finfo(torch.float16).max] * 4
+
+
+def test_weights_out_of_range_become_the_largest_of_the_dtype():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2, affine=False)).half().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1e4, -1e4], [1.0, -1.0]]).reshape(2, 2, 1, 1))
+        model[1].running_var.fill_(1e-4)
+    fold_batchnorm_(model)
+    most = torch.finfo(torch.float16).max
+    assert model[0].weight[0].flatten().tolist() == [most, -most]
+    assert bool(model[0].weight.isfinite().all())
+
+
+def test_what_was_derived_before_folding_is_given_up():
+
+    model = fill_(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)), 0).eval()
+    svd_compress_(model, 0.5)
+    use_(model[0], derive(model[0], "dense", torch.zeros(1, 16, 5, 5)))
+    fold_batchnorm_(model)
+    assert derived_of(model[0]) is None

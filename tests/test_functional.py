@@ -383,3 +383,10 @@ def test_unknown_scheme_is_named(scheme):
 def test_spatial_scheme_is_refused_without_two_kernel_axes(scheme, shape):
     with pytest.raises(ValueError, match=f"{scheme!r} .* {len(shape) - 2} kernel axes"):
         functional.nuclear_norm(torch.ones(shape), scheme=scheme)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e22, 1e30])
+def test_the_nuclear_ratio_does_not_see_the_scale(scale):
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    expected = functional.nuclear_ratio(weight)
+    assert torch.allclose(functional.nuclear_ratio(weight * scale), expected, rtol=1e-4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import hard_matrices, randn, seeds
 from torchsmooth import _decompose, _leading, _linalg
-from torchsmooth._decompose import decompose, singular_values
+from torchsmooth._decompose import decompose, is_good_for, singular_values
 from torchsmooth._leading import leading_basis, truncated_factors
 from torchsmooth._linalg import relative_tail_energies
 
@@ -173,3 +173,20 @@ def test_some_of_the_rows_tell_whether_float32_is_worth_a_gram_matrix(kind, rows
     monkeypatch.setattr(_decompose, "_single_gram", lambda wide: (seen.append(wide.shape[-2]), multiply(wide))[1])
     decompose(matrix)
     assert seen == rows
+
+
+@pytest.mark.parametrize(
+    ("values", "rank", "good"),
+    [
+        ([1.0] * 176 + [1e-3] * 80, 176, False),  # what is kept is large, but hardly anything is left out
+        ([1.0] * 176 + [1e-3] * 80, 256, False),
+        ([1.0] * 8 + [1e-2] * 100 + [0.3e-3] * 148, 108, False),
+        ([1.0] * 100 + [0.5] * 76 + [1e-3] * 80, 100, True),
+        ([1.0] + [5e-3] * 255, 2, False),  # much is left out, but what is kept is small
+        ([1.0] * 256, 1, True),
+    ],
+)
+def test_a_basis_in_float32_is_good_where_what_is_kept_is_large_and_what_is_left_out_too(values, rank, good):
+    values = torch.tensor([values], dtype=torch.float64)
+    assert is_good_for(values, torch.eye(256)[None], rank) is good
+    assert is_good_for(values, torch.eye(256, dtype=torch.float64)[None], rank)

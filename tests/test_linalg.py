@@ -17,9 +17,11 @@ from torchsmooth._leading import truncated_factors
 from torchsmooth._linalg import (
     LinAlgError,
     balanced,
+    clamped,
     eigen,
     eigenvalues,
     relative_tail_energies,
+    squared_norms,
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -227,3 +229,22 @@ def test_a_matrix_with_nan_is_not_tried_again():
     with patch("torch.linalg.eigh", side_effect=LinAlgError("failed to converge")) as eigh, pytest.raises(LinAlgError):
         eigen(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]], dtype=torch.float64))
     assert eigh.call_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_out_of_range_become_the_largest_of_a_dtype_on_either_side(dtype):
+    most = torch.finfo(dtype).max
+    values = torch.tensor([-1e300, -1.0, 0.0, 1.0, 1e300], dtype=torch.float64)
+    assert clamped(values, dtype).to(dtype).tolist() == [-most, -1.0, 0.0, 1.0, most]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("exponent", [-100, -59, -30, 0, 30, 59, 100])
+def test_squared_norms_are_those_of_float64_whatever_the_size(dtype, exponent):
+
+    values = torch.randn(3, 4, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    matrices = values * 2.0**exponent
+    scale = torch.full((3,), 2.0**exponent, dtype=torch.float64)
+    expected = values.double().square().sum((-2, -1))
+    assert torch.allclose(squared_norms(matrices, 4 * scale), expected / 16, rtol=1e-5)
+    assert torch.allclose(squared_norms(matrices), expected * 4.0**exponent, rtol=1e-5)

@@ -267,3 +267,15 @@ def test_layers_under_vmap_are_named_where_they_would_have_to_be_looked_at(optio
     assert same(snapshot(model), before)
     svd_compress_(model, 0.3)
     assert model(torch.zeros(8, 32)).shape == (8, 32)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_fast_path_is_as_the_user_had_it(enabled):
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        plan_compression(model, 0.5, target="macs", example_inputs=torch.zeros(1, 32))
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

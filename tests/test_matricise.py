@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from tests.reference.lowrank import group_matrices, outputs_first, weight_from_matrices
 from tests.strategies import randn, seeds
-from torchsmooth._matricise import FORMS, SCHEMES, channel_view, distinct_schemes, exchanged, matricise
+from torchsmooth._matricise import (
+    AMPLIFIED,
+    FORMS,
+    SCHEMES,
+    channel_view,
+    distinct_schemes,
+    exchanged,
+    matricise,
+    suited_multiple,
+)
 
 sizes = st.integers(1, 4)
 
@@ -213,3 +222,22 @@ def test_a_spatial_scheme_needs_two_kernel_axes():
 def test_an_unknown_scheme_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'channel', 'input', 'spatial', 'spatial_transposed'; got str 'row'"):
         matricise((4, 3, 5, 5), "row")
+
+
+@pytest.mark.parametrize(
+    ("full_rank", "multiple"), [(1, 1), (15, 1), (16, 4), (31, 4), (32, 8), (63, 8), (64, 16), (1000, 16)]
+)
+def test_four_ranks_or_more_are_left_to_choose_from(full_rank, multiple):
+    assert suited_multiple(full_rank) == multiple
+
+
+@pytest.mark.parametrize("scheme", ["channel", "input", "spatial", "spatial_transposed"])
+@pytest.mark.parametrize("shape", [(6, 20, 3, 3), (20, 6, 3, 3), (8, 8, 2, 3)])
+def test_rounding_is_amplified_by_rows_that_are_no_pivots(shape, scheme):
+
+    layout = matricise(shape, scheme)
+    # The pivots are input channels under "input", rows elsewhere.
+    size = shape[1] if scheme == "input" else layout.rows
+    expected = [1 + AMPLIFIED * rank * (size - rank) / size for rank in range(layout.full_rank + 1)]
+    assert layout.amplification("pivoted").tolist() == pytest.approx(expected)
+    assert layout.amplification("factored").tolist() == [1.0] * (layout.full_rank + 1)

@@ -228,3 +228,13 @@ def test_examples_and_seeds_draw_differently():
 def test_every_position_is_drawn_as_often_as_any_other():
     counts = torch.bincount(drawn_positions(4000, 64, 0).flatten(), minlength=64)
     assert bool((counts - 2000).abs().max() < 200)  # a standard deviation is 32
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1e-9, 1234.567])
+@pytest.mark.parametrize("rows", [3, 7, 11, 1000])
+def test_inputs_that_are_always_the_same_do_not_vary(value, rows):
+    moments = Moments()
+    for _ in range(3):
+        moments.add(torch.full((1, rows, 4), value, dtype=torch.float64), torch.zeros(1, rows, 2))
+    assert not moments.inner(centred=True).any()
+    assert moments.inner(centred=False).all()

@@ -317,3 +317,19 @@ def test_a_network_that_goes_another_way_leaves_the_rest_alone():
     write_(norms)
     assert torch.equal(model.norm.running_mean, expected.norm.running_mean)
     assert torch.equal(model.norm.running_var, expected.norm.running_var)
+
+
+def test_settled_statistics_stay_while_they_are_found_again():
+    norm = nn.BatchNorm1d(3).eval()
+    following = FollowingNorms(norm)
+    batch = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    with following.watching_dense() as seen:
+        norm(batch)
+    with following.in_place(seen, [norm]):
+        norm(2 * batch + 1)
+    following.settle()
+    settled = [one.clone() for _, one in following.statistics()]
+    with following.in_place(seen, [norm]):
+        norm(5 * batch - 3)
+        assert torch.equal(norm.running_mean, settled[0])
+    assert all(torch.equal(one, other) for one, (_, other) in zip(settled, following.statistics(), strict=True))

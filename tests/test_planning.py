@@ -398,3 +398,10 @@ def test_some_of_the_schemes_can_be_asked_for(scheme, allowed):
 def test_bad_schemes_are_named(scheme, error, message):
     with pytest.raises(error, match=message):
         plan_compression(mlp(), 0.5, scheme=scheme)
+
+
+def test_the_ratio_is_the_number_as_it_is_written():
+    # 0.9 is a little more than nine tenths as a float; rank 1 leaves exactly a tenth.
+    model = nn.Sequential(nn.Linear(20, 20, bias=False))
+    plan = plan_compression(model, 0.9, form="factored", scheme="channel", rank_multiple=1)
+    assert plan.parameters_after == 40

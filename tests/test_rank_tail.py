@@ -491,3 +491,16 @@ def test_outputs_of_attention_that_were_left_out_stay_dense_in_the_plan(kind):
     assert not planned & left_out
     assert any(name.endswith("q_proj") for name in planned)
     assert all(torch.equal(one.weight, before[name]) for name, one in outputs_of(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scheme", ["channel", "tucker"])
+def test_a_checkpoint_holds_no_more_than_the_bases(scheme, dtype):
+    layers = [nn.Conv2d(24, 24, 3), nn.Conv2d(24, 24, 3)]
+    model = smooth_(fill_(nn.Sequential(*layers), 0).to(dtype), RankTail(0.8, scheme=scheme))
+    handle = attach_(torch.optim.SGD(model.parameters(), 0.1), model)
+    (state,) = handle.state_dict()["adaptive"].values()
+    bases = [one for layer in state["layers"].values() for one in layer["bases"]]
+    assert bases
+    for one in bases:
+        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()

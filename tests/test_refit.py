@@ -22,7 +22,7 @@ from torchsmooth._leading import truncated_factors
 from torchsmooth._lowrank_layer import LowRankLayer, multiply_out
 from torchsmooth._matricise import distinct_schemes
 from torchsmooth._moments import Moments
-from torchsmooth._refit import NO_ROWS, refit
+from torchsmooth._refit import NO_ROWS, _bias_of, refit
 from torchsmooth._swap import swap_, take_over_
 from torchsmooth._undo import Undo
 
@@ -859,3 +859,12 @@ def test_what_does_not_vary_says_nothing_of_ranks():
         options, others = plan[name].options, alone[name].options
         assert all(torch.equal(options[scheme].losses, others[scheme].losses) for scheme in others)
     assert plan.ratio == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_bias_out_of_range_becomes_the_largest_of_the_dtype(sign):
+    low_rank = LowRankLinear.from_linear(nn.Linear(6, 5).half(), 2)
+    moments = Moments()
+    moments.add(torch.zeros(1, 4, 6), torch.full((1, 4, 5), sign * 1e6))
+    bias = _bias_of(low_rank, moments, torch.float16)
+    assert bias.half().tolist() == [sign * torch.finfo(torch.float16).max] * 5

@@ -20,7 +20,7 @@ from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn
 from torchsmooth import TuckerConv2d
 from torchsmooth._macs import count_macs
 from torchsmooth._running import as_inputs
-from torchsmooth._tucker import tucker_factors, tucker_product
+from torchsmooth._tucker import tucker_errors, tucker_factors, tucker_product
 from torchsmooth._tucker_layout import TuckerLayout
 from torchsmooth._tucker_spectrum import TuckerSpectrum
 from torchsmooth._whitening import Output, tucker_output_errors
@@ -382,3 +382,11 @@ def test_a_layer_in_three_is_compressed_further():
     report = torchsmooth.svd_compress_(model, 0.5)
     assert (report["0"].type, report["0"].parameters_before) == ("TuckerConv2d", stored)
     assert report["0"].parameters_after < stored
+
+
+def test_small_tails_of_pairs_are_not_lost_beside_large_energies():
+    sizes = 10.0 ** -torch.arange(0, 30, 3, dtype=torch.float64)
+    errors = tucker_errors(sizes[:, None] * sizes)
+    tails = torch.cat([sizes.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]) / sizes.sum()
+    assert torch.allclose(errors[-1], tails, rtol=1e-12, atol=0)
+    assert torch.allclose(errors[:, -1], tails, rtol=1e-12, atol=0)
