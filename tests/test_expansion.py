@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from tests.snapshots import Snapshot
-from tests.strategies import fill_
-from torchsmooth import LowRankLinear, plan_compression, register_layer, restore_dense_, svd_compress_
+from tests.strategies import fill_, randn
+from torchsmooth import (
+    LowRankLinear,
+    LowRankMultiheadAttention,
+    load_compressed_,
+    plan_compression,
+    register_layer,
+    restore_dense_,
+    svd_compress_,
+)
 from torchsmooth.layer_types import _TYPES
 
 
@@ -117,6 +126,59 @@ def test_attention_of_several_dtypes_stays_as_it_is():
     model[0].out_proj.double()
     reason = "this MultiheadAttention cannot be taken apart: its parameters are of several kinds: "
     assert svd_compress_(model, 0.01)["0"].reason == f"{reason}torch.float32 on cpu and torch.float64 on cpu"
+
+
+def attention():
+    return nn.Sequential(fill_(nn.MultiheadAttention(8, 2), 0))
+
+
+def normed_attention():
+    model = attention()
+    parametrizations.weight_norm(model[0], "in_proj_weight")
+    return model
+
+
+@pytest.mark.parametrize("build", [network, attention, normed_attention])
+def test_what_is_loaded_in_inference_mode_can_be_trained(build):
+    def first(_, name):
+        return name in {"0", "0.k_proj"}
+
+    compressed, loaded = build(), build()
+    svd_compress_(compressed, 0.01, parametrized="merge", filter_fn=first)
+    with torch.inference_mode():
+        load_compressed_(loaded, compressed.state_dict())
+    assert not any(map(torch.is_inference, loaded.parameters()))
+    inputs = randn(4, 12 if build is network else 8, seed=0, dtype=torch.float32)
+    output = loaded(inputs) if build is network else loaded[0](inputs, inputs, inputs)[0]
+    output.sum().backward()
+    assert all(one.grad is not None for one in loaded.parameters())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("build", [network, attention])
+def test_layers_that_were_made_in_inference_mode_are_compressed_and_loaded(build, inside):
+    expected = build()
+    svd_compress_(expected, 0.1)
+    with torch.inference_mode():
+        model, loaded = build(), build()
+        load_compressed_(loaded, expected.state_dict())
+    with torch.inference_mode(inside):
+        assert plan_compression(model, 0.1).ratio >= 0.1
+        svd_compress_(model, 0.1)
+    for other in (model, loaded):
+        for key, value in expected.state_dict().items():
+            assert torch.equal(other.state_dict()[key], value)
+    with torch.inference_mode(inside):
+        assert type(restore_dense_(model)[0]) is type(build()[0])
+
+
+def test_attention_that_was_made_in_inference_mode_can_be_taken_apart():
+    with torch.inference_mode():
+        layer = attention()[0]
+    inputs = randn(4, 8, seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        apart = LowRankMultiheadAttention.from_attention(layer)
+        assert torch.allclose(apart(inputs, inputs, inputs)[0], layer(inputs, inputs, inputs)[0], atol=1e-6)
 
 
 def test_a_low_rank_layer_on_several_devices_is_named():

@@ -64,7 +64,8 @@ class Expansion:
                 reason = refusal(module, name)
                 if not reason:
                     try:
-                        expanded = self._expanded(name, module, sharing)
+                        with torch.inference_mode(any(map(torch.is_inference, module.parameters()))):  # as it was made
+                            expanded = self._expanded(name, module, sharing)
                     except ValueError as error:
                         reason = str(error).rstrip(".")
                     reason = reason or sharing.of_module(module)
@@ -291,7 +292,8 @@ def _settle_memory_(expanded: nn.Module, original: nn.Module) -> None:
     for parameter in set(expanded.parameters()) - own:
         needed = parameter.numel() * parameter.element_size()
         if parameter.untyped_storage().nbytes() > needed or not _in_order(parameter):
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            with torch.inference_mode(parameter.is_inference()):  # what is cloned in another mode could not be trained
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _in_order(tensor: Tensor) -> bool:

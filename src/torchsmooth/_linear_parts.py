@@ -68,7 +68,8 @@ def check_exact_type(module: object, expected: type[nn.Module]) -> None:
 
 def rows_of(parameter: nn.Parameter, start: int, stop: int) -> nn.Parameter:
     """Make a parameter over the memory of some rows of another."""
-    return nn.Parameter(parameter.detach()[start:stop], requires_grad=parameter.requires_grad)
+    with torch.inference_mode(parameter.is_inference()):
+        return nn.Parameter(parameter.detach()[start:stop], requires_grad=parameter.requires_grad)
 
 
 def linear_over(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
