@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.reference.lowrank import group_matrices, tail_energy, truncated_weight
 from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn, seeds
-from torchsmooth import LowRankConv2d, LowRankLinear
+from torchsmooth import LowRankConv2d, LowRankLinear, TuckerConv2d
 from torchsmooth._matricise import SCHEMES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -211,6 +211,20 @@ def test_the_weight_is_differentiable_and_read_only():
     assert layer.up.weight.grad.abs().sum() > 0
     with pytest.raises((AttributeError, KeyError)):
         layer.weight = nn.Parameter(torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (LowRankLinear(5, 4, 2, device="meta"), (4, 5)),
+        (LowRankLinear(5, 4, 2, form="pivoted", device="meta"), (4, 5)),
+        (LowRankConv2d(6, 4, 3, 2, groups=2, device="meta"), (4, 3, 3, 3)),
+        (TuckerConv2d(6, 4, 3, 2, device="meta"), (4, 6, 3, 3)),
+    ],
+)
+def test_the_weight_has_a_shape_on_the_meta_device(layer, shape):
+    assert layer.weight.is_meta
+    assert layer.weight.shape == shape
 
 
 def test_layers_can_be_built_without_a_dense_one():

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ._linalg import eigen, eigenvalues, float32_is_whole, inner_products, pieces, single_scaled, widened
+from ._linalg import (
+    eigen,
+    eigenvalues,
+    float32_is_whole,
+    inner_products,
+    pieces,
+    single_scaled,
+    widened,
+    without_autocast,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +62,7 @@ def _gram(wide: Tensor) -> Tensor:
 def _single_gram(wide: Tensor) -> tuple[Tensor, Tensor]:
     """Return M Mᵀ in float32, of matrices divided by powers of two first, and these powers."""
     scaled, power = single_scaled(wide)
-    with torch.autocast(scaled.device.type, enabled=False):
+    with without_autocast(scaled.device):
         return inner_products(scaled), power
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._decompose import decompose, is_good_for
-from ._linalg import eigen, factors_in, single_scaled, widened, working_copy
+from ._linalg import eigen, factors_in, single_scaled, widened, without_autocast, working_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def leading_basis(matrices: Tensor, rank: int) -> Tensor:
 
     Source: Halko, Martinsson and Tropp, "Finding structure with randomness", 2011, algorithms 4.4 and 5.1.
     """
-    with torch.autocast(matrices.device.type, enabled=False):
+    with without_autocast(matrices.device):
         found = _tried(widened(matrices), rank) if is_few(matrices, rank) else None
     return whole_basis(matrices, rank) if found is None else found
 

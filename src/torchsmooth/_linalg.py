@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -26,6 +28,14 @@ _PIECE = 1 << 20
 # Inner products are made in so many blocks of rows, unless those get too thin.
 _BLOCKS = 8
 _LEAST_BLOCK = 128
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Let products on a device keep their precision, also where it has no autocast (``meta``)."""
+    # Not asked of the usual devices: the question breaks graphs of torch.compile in torch 2.4.
+    if device.type in {"cpu", "cuda"} or torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def working_copy(matrices: Tensor) -> Tensor:
@@ -215,7 +225,7 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
     basis = basis.to(half.device)
     if basis.dtype == torch.float32 and float32_is_whole():  # what it was found in is good enough to use it in
         scaled, power = single_scaled(wide)
-        with torch.autocast(scaled.device.type, enabled=False):
+        with without_autocast(scaled.device):
             projected = (basis.mT @ scaled).double() * (power / half / half)
         basis = orthonormal(basis)
     else:

@@ -13,7 +13,7 @@ from ._checks import is_quantised
 from ._execution import active, derived_of, use_
 from ._given_factors import checked_copies
 from ._leading import truncated_factors
-from ._linalg import balanced, clamped, working_copy
+from ._linalg import balanced, clamped, without_autocast, working_copy
 from ._pivoted_modules import Ordered
 from ._pivoting import pivoted_rows, with_identity
 from ._quantised import dequantised
@@ -268,7 +268,7 @@ class TwoFactorLayer(LowRankLayer):
 
 def multiply_out(layer: LowRankLayer) -> Tensor:
     """Return the weight that a low-rank layer stands for, in float32 or better."""
-    with torch.autocast(layer._factor("up").device.type, enabled=False):
+    with without_autocast(layer._factor("up").device):
         return layer.product_of(layer.factors())
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._linalg import LinAlgError
+from ._linalg import LinAlgError, without_autocast
 from ._matricise import channel_view, matricise
 from ._polar import PolarMethod, nuclear_norms_and_polars, resolve
 from ._weight import Weight, check_weight
@@ -116,7 +116,7 @@ def nuclear_norms(matrices: Tensor, method: PolarMethod) -> Tensor:
         return matrices.sum((-2, -1))
     check_present(matrices)
     # The matrix products inside must keep their precision under autocast.
-    with torch.autocast(matrices.device.type, enabled=False):
+    with without_autocast(matrices.device):
         values: Tensor = _NuclearNorms.apply(matrices, method)[0]  # type: ignore[no-untyped-call]
     return values
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import functional
 from ._checks import check_choice, check_real
 from ._derivatives import squared_differences, squared_differences_gradient
+from ._linalg import without_autocast
 from ._matricise import SCHEMES, Scheme
 from ._nuclear import Matrices, alike, check_present, checked_norms_and_polars, nuclear_norms, stacked
 from ._polar import POLAR_METHODS, PolarMethod
@@ -205,7 +206,7 @@ def _norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Tensor, Te
     if matrices.numel() == 0:
         return matrices.sum((-2, -1)), matrices
     check_present(matrices)
-    with torch.autocast(matrices.device.type, enabled=False):
+    with without_autocast(matrices.device):
         return checked_norms_and_polars(matrices, method)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ._checks import check_choice, check_count, check_open_unit, check_values
 from ._layers import KINDS, SCHEME_OPTIONS, weight_of
 from ._leading import leading_basis
+from ._linalg import without_autocast
 from ._linear_parts import DENSE_LINEAR
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Matricisation
@@ -150,7 +151,7 @@ class TailPlan(Adaptation):
         # Of another shape: another layer has taken the place since.
         if projection is None or projection.shape not in (None, tensor.shape):
             return tensor.new_zeros(()), torch.zeros_like(tensor)
-        with torch.autocast(tensor.device.type, enabled=False):
+        with without_autocast(tensor.device):
             kept = projection(tensor)
             tail = tensor.to(kept.dtype) - kept
         return self._description.strength * tail.square().sum() / 2, self._description.strength * tail
