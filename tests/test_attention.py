@@ -496,3 +496,26 @@ def test_empty_inputs_come_out_as_of_the_dense_layer(queries, keys, need_weights
     assert found[0].shape == expected[0].shape
     assert (found[1] is None) == (expected[1] is None)
     assert bool(found[0].isfinite().all()) == bool(expected[0].isfinite().all())
+
+
+@given(st.data())
+def test_masks_of_no_keys_queries_or_samples_are_taken(data):
+    batch_first, heads = data.draw(st.booleans()), 2
+    dense = fill_(nn.MultiheadAttention(E, heads, batch_first=batch_first, dtype=torch.float64), data.draw(seeds))
+    sizes = data.draw(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)).filter(lambda one: 0 in one))
+    samples, targets, sources = sizes
+    query, key = (
+        randn(*((samples, length) if batch_first else (length, samples)), E, seed=data.draw(seeds))
+        for length in (targets, sources)
+    )
+    padding = data.draw(st.sampled_from([None, (samples, sources)]))
+    attending = data.draw(st.sampled_from([None, (targets, sources), (samples * heads, targets, sources)]))
+    asked = {
+        name: None if shape is None else torch.zeros(shape, dtype=torch.bool)
+        for name, shape in (("key_padding_mask", padding), ("attn_mask", attending))
+    }
+    layer = LowRankMultiheadAttention.from_attention(dense)
+    # Of some of these, torch makes nothing where it is not asked for the weights.
+    expected = dense(query, key, key, **asked)
+    assert alike(layer(query, key, key, **asked), expected)
+    assert alike(layer(query, key, key, need_weights=False, **asked)[:1], expected[:1])

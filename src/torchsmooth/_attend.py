@@ -112,15 +112,16 @@ def attend(
     query, key, value = (_split(one if batched else one.unsqueeze(0), num_heads) for one in projected)
     if batched and not batch_first:  # from (length, heads, samples, head_dim)
         query, key, value = (one.permute(2, 1, 0, 3) for one in (query, key, value))
+    samples = query.shape[0]
     hinted = is_causal and key_padding_mask is None and not need_weights
     mask = None if hinted else _added(attn_mask, query)
     padding = _added(key_padding_mask, query)
     if mask is not None:
-        mask = mask.reshape(-1, num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask  # noqa: PLR2004 - one for each head
+        each = mask.dim() == 3  # noqa: PLR2004 - one for each head
+        mask = mask.reshape(samples, num_heads, *mask.shape[1:]) if each else mask
     if padding is not None:
-        padding = padding.reshape(-1, 1, 1, padding.shape[-1])
+        padding = padding.reshape(samples, 1, 1, padding.shape[-1])
 
-    samples = query.shape[0]
     more_keys, more_values = (
         [] if one is None else [_split(one, num_heads).expand(samples, -1, -1, -1)] for one in extra
     )
