@@ -121,6 +121,11 @@ def test_attention_of_which_only_the_output_is_compressed_keeps_plain_projection
     assert torch.allclose(restore_dense_(again)(TOKENS), model(TOKENS), atol=1e-5)
 
 
+def test_outputs_on_the_meta_device_have_the_shapes_of_those_elsewhere(compressed):
+    model = copy.deepcopy(compressed[0]).to("meta")
+    assert model(TOKENS.to("meta")).shape == compressed[0](TOKENS).shape
+
+
 def test_a_failed_load_leaves_attention_whole(compressed):
     model = build(2)
     before = snapshot(model)
@@ -167,7 +172,10 @@ def test_attention_that_is_more_than_its_type_stays_whole():
     report = svd_compress_(model, 0.1)
     assert report["attention"].reason == "its forward was replaced on this instance"
     assert report["lstm"].reason == "this LSTM cannot be taken apart: it has more than its weights and biases: 'more'"
-    assert report["encoder.layers.0.self_attn"].reason.endswith("inside is parametrized (remove that first)")
+    assert report["encoder.layers.0.self_attn"].reason == (
+        "a ParametrizedNonDynamicallyQuantizableLinear inside stays: "
+        "parametrized (parametrized='merge' compresses what is computed)"
+    )
 
 
 class Recurrent(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 
 from tests.snapshots import Snapshot
 from tests.strategies import fill_, randn
-from torchsmooth import plan_compression, svd_compress_
+from torchsmooth import load_compressed_, plan_compression, svd_compress_
 
 
 class Refusing(nn.Module):
@@ -94,6 +94,70 @@ def test_attention_made_of_few_parameters_is_not_made_larger():
     with pytest.raises(ValueError, match="parametrized from 104 parameters, of which 288 are computed"):
         svd_compress_(model, 0.05, parametrized="merge")
     assert not before.difference()
+
+
+def attention():
+    return nn.Sequential(fill_(nn.MultiheadAttention(8, 2), 0), fill_(nn.Linear(8, 8), 1))
+
+
+def pruned_together(model):
+    weights = [(model[0], "in_proj_weight"), (model[0].out_proj, "weight"), (model[1], "weight")]
+    prune.global_unstructured(weights, prune.L1Unstructured, amount=0.3)
+
+
+COMPUTED_OUTPUTS = [
+    pruned_together,
+    lambda model: parametrizations.weight_norm(model[0].out_proj),
+    lambda model: spectral_norm(model[0].out_proj),
+]
+
+
+@pytest.mark.parametrize("put_on", COMPUTED_OUTPUTS)
+def test_attention_with_a_computed_output_is_compressed_like_what_that_amounts_to(put_on):
+    model, plain, fresh = attention(), attention(), attention()
+    put_on(model.eval())
+    put_on(fresh)
+    with torch.no_grad():
+        model[0].out_proj(torch.zeros(1, 8))  # the older norm sets the weight when it is called first
+        plain[0].in_proj_weight.copy_(model[0].in_proj_weight)
+        plain[0].out_proj.weight.copy_(model[0].out_proj.weight)
+        plain[1].weight.copy_(model[1].weight)
+    before = Snapshot(model)
+    plan = plan_compression(model, max_error=0.4, parametrized="merge")
+    assert not before.difference()
+    report = plan.apply_(model)
+    svd_compress_(plain, max_error=0.4)
+    assert {f"0.{name}_proj" for name in ("q", "k", "v", "out")} <= {one.name for one in report.compressed}
+    assert report.parameters_after == sum(one.numel() for one in model.parameters())
+    load_compressed_(fresh, model.state_dict())
+    for one in (model, fresh):
+        assert one.state_dict().keys() == plain.state_dict().keys()
+        assert all(torch.allclose(one.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("put_on", COMPUTED_OUTPUTS)
+def test_attention_with_a_computed_output_of_which_nothing_is_compressed_comes_back(put_on):
+    model = attention()
+    put_on(model)
+    layer, output, keys = model[0], model[0].out_proj, list(model[0].state_dict())
+    parts = {f"0.{name}_proj" for name in ("q", "k", "v", "out")}
+    svd_compress_(
+        model,
+        max_error=0.4,
+        parametrized="merge",
+        filter_fn=lambda module, name: name not in parts or module is output,
+    )
+    assert model[0] is layer
+    assert layer.out_proj is output
+    assert list(layer.state_dict()) == keys
+
+
+def test_an_output_that_is_filtered_out_stays_with_its_attention():
+    model = attention()
+    pruned_together(model)
+    report = svd_compress_(model, 0.05, parametrized="merge", filter_fn=lambda _, name: name != "0.out_proj")
+    assert report["0"].reason == "a NonDynamicallyQuantizableLinear inside stays: left out by filter_fn"
+    assert [one.name for one in report.compressed] == ["1"]
 
 
 def test_a_class_that_cannot_be_made_without_arguments_is_none_that_is_known():

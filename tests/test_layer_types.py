@@ -285,7 +285,10 @@ def with_sparse(layer):
     [
         (with_forward, "its forward was replaced on this instance"),
         (with_state_hook, "it has state-dict hooks, which expect its keys"),
-        (with_parametrization, "a ParametrizedTurned inside is parametrized (remove that first)"),
+        (
+            with_parametrization,
+            "a ParametrizedTurned inside stays: parametrized (parametrized='merge' compresses what is computed)",
+        ),
         (with_sparse, "its both is sparse (torch.sparse_coo; to_dense() makes it plain)"),
     ],
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._checks import check_initialised, describe, kind_of_tensor, with_article
 from ._computed import computing, plain_copy, random_state_kept, type_of
 from ._layers import KINDS, Origin
+from ._linear_parts import DENSE_LINEAR
 from ._lowrank_layer import LowRankLayer, memory_format_of
 from ._running import note
 from ._sharing import Sharing
@@ -82,7 +83,8 @@ class Expansion:
         for name, module in self._model.named_modules():
             # A bare root has no place.
             if name and module not in inside and module not in self.reasons and _composite(module):
-                found.append((name, module))
+                computed = [one for one in _computed_inside(name, module) if one[1] not in self.reasons]
+                found.extend(computed or [(name, module)])
                 inside.update(module.modules())
         return found
 
@@ -102,7 +104,7 @@ class Expansion:
             if before < after and type(expanded) not in KINDS:  # whose count is that of one layer of the plan
                 raise ValueError(f"{computing(module)} from {before:,} parameters, of which {after:,} are computed")
         else:
-            _check_whole(module)
+            _check_whole(module, self.reasons)
             known = layer_type(module)
             if known is None:
                 raise ValueError(f"{type(module).__name__} is not supported")
@@ -227,7 +229,14 @@ def _composite(module: nn.Module) -> bool:
     return kind in KINDS or layer_type_of(kind) is not None
 
 
-def _check_whole(module: nn.Module) -> None:
+def _computed_inside(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List what has to become plain inside of a layer before that can be expanded."""
+    inside = module.named_modules(prefix=name) if layer_type(module) is not None else ()
+    computed = [(inner, one) for inner, one in inside if one is not module and computing(one)]
+    return [(inner, one) for inner, one in computed if type_of(one) in DENSE_LINEAR or _composite(one)]
+
+
+def _check_whole(module: nn.Module, reasons: Mapping[nn.Module, str]) -> None:
     """Refuse a layer that is more, or other, than its type says."""
     if any(vars(module).get(hooks) for hooks in STATE_HOOKS):
         raise ValueError("it has state-dict hooks, which expect its keys")
@@ -236,9 +245,11 @@ def _check_whole(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
             raise ValueError(f"its {name} is {kind_of_tensor(parameter)}")
-    computed = [child for child in module.modules() if computing(child)]
-    if computed:
-        raise ValueError(f"a {type(computed[0]).__name__} inside is {computing(computed[0])} (remove that first)")
+    for child in module.modules():
+        if computing(child):
+            reason = reasons.get(child)
+            what = f"stays: {reason}" if reason else f"is {computing(child)} (remove that first)"
+            raise ValueError(f"a {type(child).__name__} inside {what}")
 
 
 def _checked(expanded: object, name: str, module: nn.Module) -> nn.Module:
