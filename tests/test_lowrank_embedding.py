@@ -139,6 +139,17 @@ def test_gradients_are_sparse_and_scaled_where_the_dense_ones_are(form):
     assert torch.allclose(scaled.down.weight.grad[2], plain.down.weight.grad[2] / 3)
 
 
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_a_sparse_table_is_trained_by_two_optimizers(form):
+    layer = LowRankEmbedding.from_embedding(table(9, 6, sparse=True), 3, form)
+    before = [one.detach().clone() for one in layer.parameters()]
+    optimizers = torch.optim.SparseAdam(layer.down.parameters()), torch.optim.Adam(layer.up.parameters())
+    layer(torch.arange(9)).square().sum().backward()
+    for one in optimizers:
+        one.step()
+    assert not any(torch.equal(one, other) for one, other in zip(before, layer.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 1, 3)])
 def test_indices_of_any_shape(form, shape):

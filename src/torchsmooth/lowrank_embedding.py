@@ -38,7 +38,7 @@ class LowRankEmbedding(TwoFactorLayer):
         padding_idx: the row that is not trained, counted from the end if negative; None for none. The table's row is a
             product, so it stays as it is only where it is zero, as it is when the layer is made.
         scale_grad_by_freq: whether gradients of ``down`` are divided by how often each row occurs in the batch.
-        sparse: whether the gradient of ``down`` is a sparse tensor.
+        sparse: whether the gradient of ``down`` is a sparse tensor; that of ``up`` never is.
         device: device of the parameters.
         dtype: floating dtype of the parameters.
         form: ``"factored"``, of rank · (num_embeddings + embedding_dim) parameters, or ``"pivoted"``, of rank² fewer.
