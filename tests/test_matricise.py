@@ -60,7 +60,7 @@ def test_factors_come_back_from_layer_weights_of_the_announced_shapes(shape_and_
     down = randn(groups, rank, layout.columns, seed=seed + 1)
     up_weight, down_weight = layout.to_layer_weights(up, down)
     assert (tuple(up_weight.shape), tuple(down_weight.shape)) == layout.layer_shapes(rank)
-    assert up_weight.numel() + down_weight.numel() == rank * layout.triple_parameters
+    assert up_weight.numel() + down_weight.numel() == rank * layout.groups * (layout.rows + layout.columns)
     again = layout.to_factors(up_weight, down_weight)
     assert torch.equal(again[0], up)
     assert torch.equal(again[1], down)
@@ -95,7 +95,7 @@ def test_pivoted_layers_are_smaller_than_dense_at_every_rank_below_the_full(sche
         costs = layout.parameters(ranks, "pivoted")
         assert bool((costs[:-1] < layout.dense_parameters).all())
         assert int(costs[-1]) == layout.dense_parameters
-        assert torch.equal(layout.parameters(ranks, "factored"), ranks * layout.triple_parameters)
+        assert torch.equal(layout.parameters(ranks, "factored"), ranks * layout.groups * (layout.rows + layout.columns))
         assert layout.largest_rank("pivoted") == layout.largest_rank("factored") - 1 == layout.full_rank - 1
 
 

@@ -14,7 +14,7 @@ from . import functional
 from ._checks import check_open_unit
 from ._decompose import singular_values
 from ._linalg import relative_tail_energies, working_copy
-from ._matricise import SCHEMES, Scheme, channel_view, matricise
+from ._matricise import Scheme, channel_view, matricise
 
 RATIO_MEANS = "the fraction of its parameters that each layer is to lose: 0.8 = 80 % fewer"
 
@@ -168,12 +168,6 @@ class LayerSpectrum:
             "singular_values": self.singular_values.tolist(),
             "tied": list(self.tied),
         }
-
-
-def scheme_for(scheme: Scheme, axes: int) -> Scheme:
-    """Return the scheme that a weight of so many axes has when ``scheme`` is asked for, as ``NuclearNorm`` does."""
-    planar = axes == 4  # noqa: PLR2004 - two channel axes, two kernel axes
-    return scheme if planar or scheme not in SCHEMES[2:] else "channel"
 
 
 def measured(weight: Tensor, scheme: Scheme, groups: int, *, transposed: bool) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def factors_in(basis: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
     input gives equal factors.
 
     Args:
-        basis: ``(groups, k, rank)``, the first columns of what :func:`decompose` returned.
+        basis: ``(groups, k, rank)``, orthonormal columns, such as :func:`leading_basis` returns.
         matrices: ``(groups, m, n)``, any floating dtype, finite.
 
     Returns:

@@ -129,11 +129,6 @@ class Matricisation:
         """Entries of the weight itself."""
         return self.groups * self.rows * self.columns
 
-    @property
-    def triple_parameters(self) -> int:
-        """Entries of the factors for each unit of rank."""
-        return self.groups * (self.rows + self.columns)
-
     def largest_rank(self, form: Form) -> int:
         """The largest rank of a form; with all rows as pivots, the pivoted one would be the dense weight itself."""
         return self.full_rank - 1 if form == "pivoted" else self.full_rank
@@ -311,6 +306,12 @@ def down_axes_of(scheme: str, kernel_axes: int) -> tuple[int, ...]:
             f"{kernel_axes} kernel axes: use 'channel' or 'input'."
         )
     return (0,) if scheme == "spatial" else (1,)
+
+
+def scheme_for(scheme: Scheme, axes: int) -> Scheme:
+    """Return the scheme that a weight of so many axes has when ``scheme`` is asked for: spatial ones need a plane."""
+    planar = axes == 4  # noqa: PLR2004 - two channel axes, two kernel axes
+    return scheme if planar or scheme not in SCHEMES[2:] else "channel"
 
 
 def matricise(shape: Sequence[int], scheme: str, groups: int = 1, *, transposed: bool = False) -> Matricisation:

@@ -13,13 +13,13 @@ from . import functional
 from ._checks import check_choice, check_real
 from ._derivatives import squared_differences, squared_differences_gradient
 from ._linalg import without_autocast
-from ._matricise import SCHEMES, Scheme
+from ._matricise import SCHEMES, Scheme, scheme_for
 from ._nuclear import Matrices, alike, check_present, checked_norms_and_polars, nuclear_norms, stacked
 from ._polar import POLAR_METHODS, PolarMethod
 from ._weight import Weight, check_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["FirstDerivative", "NuclearNorm", "NuclearRatio", "Penalty", "SecondDerivative", "Weight"]
 
@@ -130,7 +130,26 @@ def added(terms: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NuclearNorm(Penalty):
+class _Nuclear(Penalty):
+    """What is computed from the singular values of one matricisation of a weight."""
+
+    scheme: Scheme = "channel"
+    method: PolarMethod = "auto"
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.scheme, "scheme", SCHEMES)
+        check_choice(self.method, "method", POLAR_METHODS)
+
+    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
+        """Evaluate the penalty, without the strength, as the function of this name in :mod:`torchsmooth.functional`."""
+        scheme = scheme_for(self.scheme, weight.dim())
+        return self._function(weight, scheme=scheme, groups=groups, transposed=transposed, method=self.method)
+
+
+@dataclass(frozen=True)
+class NuclearNorm(_Nuclear):
     r"""Penalise the sum of the singular values, which makes the weight low-rank.
 
     Args:
@@ -155,18 +174,7 @@ class NuclearNorm(Penalty):
     """
 
     strength: float = 1e-3
-    scheme: Scheme = "channel"
-    method: PolarMethod = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.scheme, "scheme", SCHEMES)
-        check_choice(self.method, "method", POLAR_METHODS)
-
-    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-        """Evaluate the nuclear norm, without the strength; see :func:`functional.nuclear_norm`."""
-        scheme = _fitting(self.scheme, weight)
-        return functional.nuclear_norm(weight, scheme=scheme, groups=groups, transposed=transposed, method=self.method)
+    _function: ClassVar[Callable[..., Tensor]] = staticmethod(functional.nuclear_norm)
 
     @torch.no_grad()
     def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
@@ -194,12 +202,7 @@ class NuclearNorm(Penalty):
                 first += len(one.batch)
 
     def _matrices(self, weight: Weight) -> Matrices:
-        return Matrices.of(weight, _fitting(self.scheme, weight.tensor), self.method)
-
-
-def _fitting(scheme: Scheme, weight: Tensor) -> Scheme:
-    planar = weight.dim() == 4  # noqa: PLR2004 - two channel axes, two kernel axes
-    return scheme if planar or scheme == "input" else "channel"
+        return Matrices.of(weight, scheme_for(self.scheme, weight.tensor.dim()), self.method)
 
 
 def _norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,7 @@ def _norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Tensor, Te
 
 
 @dataclass(frozen=True)
-class NuclearRatio(Penalty):
+class NuclearRatio(_Nuclear):
     r"""Penalise the nuclear norm over the Frobenius norm: a low rank that shrinking the weight cannot feign.
 
     Its gradient is orthogonal to the weight, and shrinks as the weight grows. It suits layers that are followed by a
@@ -235,18 +238,7 @@ class NuclearRatio(Penalty):
     """
 
     strength: float = 1e-2
-    scheme: Scheme = "channel"
-    method: PolarMethod = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.scheme, "scheme", SCHEMES)
-        check_choice(self.method, "method", POLAR_METHODS)
-
-    def __call__(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:
-        """Evaluate the ratio, without the strength; see :func:`functional.nuclear_ratio`."""
-        scheme = _fitting(self.scheme, weight)
-        return functional.nuclear_ratio(weight, scheme=scheme, groups=groups, transposed=transposed, method=self.method)
+    _function: ClassVar[Callable[..., Tensor]] = staticmethod(functional.nuclear_ratio)
 
 
 @dataclass(frozen=True)

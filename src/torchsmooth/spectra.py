@@ -16,8 +16,8 @@ from ._checks import (
     describe,
     quoted,
 )
-from ._layer_spectrum import RATIO_MEANS, LayerSpectrum, measured, scheme_for
-from ._matricise import SCHEMES, Scheme
+from ._layer_spectrum import RATIO_MEANS, LayerSpectrum, measured
+from ._matricise import SCHEMES, Scheme, scheme_for
 from ._reading import find_weights, geometry_of, read_weight
 from ._table import format_shape, format_table
 
