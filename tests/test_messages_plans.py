@@ -139,6 +139,25 @@ EDITS = [
         "scheme of layer '0' must be 'channel', the only choice here; got str 'spatial'.",
     ),
     Mistake(
+        "an attribute that a layer has not",
+        edited(ranks=2),
+        AttributeError,
+        "'ranks' of layer '0' cannot be set: its rank, scheme and form can be, and keep_dense() leaves it whole.",
+    ),
+    Mistake(
+        "a ratio for one layer",
+        edited(ratio=0.95),
+        AttributeError,
+        "'ratio' of layer '0' cannot be set: its rank, scheme and form can be, and keep_dense() leaves it whole.",
+    ),
+    Mistake(
+        "an error that a layer is to have",
+        edited(relative_error=0.1),
+        AttributeError,
+        "'relative_error' of layer '0' cannot be set: its rank, scheme and form can be, and keep_dense() leaves it "
+        "whole.",
+    ),
+    Mistake(
         "a scheme misspelt in an edit",
         edited(scheme="chanel"),
         ValueError,

@@ -66,8 +66,13 @@ class Option:
         return self.rounded(what, form)[ranks if ranks.dim() == 1 else ranks.unbind(1)]
 
 
+# Whatever else is set on a layer's plan is a mistake that would change nothing.
+_CHOICES = ("rank", "scheme", "form")
+_KEPT = ("name", "type", "shape", "reason", "parameters_before", "options", "forms", "prices", "_choice")
+
+
 class LayerPlan:
-    """What is planned for one layer; ``rank``, ``scheme`` and ``form`` can be set.
+    """What is planned for one layer; ``rank``, ``scheme`` and ``form`` can be set, any other name is refused.
 
     Attributes:
         name: qualified name in the model.
@@ -95,6 +100,14 @@ class LayerPlan:
         self.options, self.forms = options, tuple(forms)
         self.prices: Prices = ParameterPrices(self.parameters_before)
         self._choice: Choice | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in (*_CHOICES, *_KEPT):
+            raise AttributeError(
+                f"{name!r} of layer {self.name!r} cannot be set: its rank, scheme and form can be, and keep_dense() "
+                "leaves it whole."
+            )
+        super().__setattr__(name, value)
 
     def copy(self) -> LayerPlan:
         """Return a plan of its own for the same layer, from the same decomposition."""
