@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from tests.networks import Shared, Tied, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, low_rank, randn, seeds
-from torchsmooth import plan_compression, svd_compress_
+from torchsmooth import CompressionPlan, plan_compression, svd_compress_
 from torchsmooth._tucker_layout import no_more
 
 RATIOS = st.floats(0.05, 0.85)
@@ -222,6 +222,18 @@ def test_a_bound_on_errors_is_one_of_weights_whatever_the_data_says(seed, bound,
     assert report.asked == calibrated.asked
     assert [layer.rank for layer in report.layers] == [layer.rank for layer in plain]
     assert all(layer.output_error is not None for layer in report.compressed)
+
+
+@pytest.mark.parametrize("goal", [{"ratio": 0.5}, {"ratio": 0.5, "allocation": "uniform"}, {"max_error": 0.7}])
+def test_a_report_says_where_a_plan_made_with_data_was_applied_without(goal):
+    model, batches = mlp(), [randn(64, 24, seed=1, dtype=torch.float32)]
+    plan = plan_compression(model, **goal, calibration=batches)
+    plan = CompressionPlan.from_json(plan.to_json())
+    report = plan.apply_(copy.deepcopy(model))
+    asked = plan_compression(model, **goal).asked + (", ranks calibrated" if "ratio" in goal else "")
+    assert report.asked == f"{asked}, factors not fitted to data"
+    assert report.asked in str(report).splitlines()[-1]
+    assert plan.apply_(copy.deepcopy(model), calibration=batches).asked == plan.asked
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e150])

@@ -22,7 +22,7 @@ from ._running import as_inputs
 from ._swap import swap_
 from ._table import format_rank, format_table
 from .layer_plan import LayerPlan
-from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table, removed_share
+from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table, removed_share, without_refit
 
 if TYPE_CHECKING:
     import os
@@ -316,7 +316,7 @@ class CompressionPlan:
                 layers=tuple(_report(layer, made) for layer in (*self.layers, *self._beyond(made.found))),
                 parameters_before=expansion.parameters,
                 parameters_after=count_parameters(model),
-                asked=self.asked,
+                asked=self.asked if calibration is not None else without_refit(self.asked),
                 **measured,
             )
             team.gather(None)  # raises where another rank could not do the same

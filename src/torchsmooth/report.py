@@ -10,6 +10,9 @@ from ._table import format_milliseconds, format_rank, format_shape, format_share
 
 __all__ = ["CompressionReport", "LayerReport"]
 
+# What a plan that was made with calibration data says after what was asked for.
+RANKS_CALIBRATED, BEFORE_REFIT = ", ranks calibrated", " before the refit to data"
+
 _HEADER = ("layer", "shape", "scheme", "rank", "parameters", "rel. error", "note")
 
 
@@ -79,6 +82,13 @@ def layer_table(layers: Any) -> str:
     header = (*_HEADER[:-1], "out. error", _HEADER[-1]) if with_output else _HEADER
     rows = [layer_row(layer, with_output=with_output) for layer in layers]
     return format_table(header, rows, right=(3, 4, 5, 6) if with_output else (3, 4, 5))
+
+
+def without_refit(asked: str) -> str:
+    """Turn what a plan says of itself into what is true where it was applied without data."""
+    if not asked.endswith((RANKS_CALIBRATED, BEFORE_REFIT)):
+        return asked
+    return f"{asked.removesuffix(BEFORE_REFIT)}, factors not fitted to data"
 
 
 def removed_share(before: int, after: int) -> float:
