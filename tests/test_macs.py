@@ -204,9 +204,20 @@ def test_the_largest_ratio_of_multiply_accumulates_can_be_reached():
     assert plan.macs_after <= (1 - largest) * plan.macs_before
 
 
-def test_inputs_given_for_parameters_are_no_mistake():
-    report = svd_compress_(mlp(), 0.5, example_inputs=torch.zeros(2, 24))
-    assert report.macs_before is report.macs_after is report.latency_before is None
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda model, **kwargs: svd_compress_(model, 0.5, **kwargs),
+        lambda model, **kwargs: plan_compression(model, 0.5, **kwargs),
+        lambda model, **kwargs: sweep(model, [0.5], **kwargs),
+    ],
+)
+def test_inputs_for_a_target_that_takes_none_are_refused_and_nothing_changes(decide):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^example_inputs are what targets 'macs' and 'latency' are measured on"):
+        decide(model, example_inputs=torch.zeros(2, 24))
+    assert same(before, snapshot(model))
 
 
 def test_without_inputs_the_report_has_the_planned_counts():

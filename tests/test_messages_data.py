@@ -64,6 +64,15 @@ DATA = [
         ("example_inputs must be a tensor, a tuple of positional arguments, or a dict of keyword arguments; got list."),
     ),
     Mistake(
+        "example inputs for a target that takes none",
+        lambda model: svd_compress_(model, 0.5, example_inputs=INPUTS),
+        ValueError,
+        (
+            "example_inputs are what targets 'macs' and 'latency' are measured on, and target 'params' takes none: "
+            "name one of these targets, or leave them out; data to fit to is given as calibration=."
+        ),
+    ),
+    Mistake(
         "example inputs that the model refuses",
         lambda model: svd_compress_(model, 0.5, target="macs", example_inputs=INPUTS[:, :5]),
         RuntimeError,

@@ -55,11 +55,17 @@ UNPRICED = (NOT_REACHED, FUSED_PART)
 
 
 def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
-    """Read the example inputs that a target needs; None where they are not needed and not given."""
-    if example_inputs is not None:
-        return as_inputs(example_inputs)
+    """Read the example inputs that a target needs; None where they are not needed."""
+    inputs = None if example_inputs is None else as_inputs(example_inputs)
     if target == "params":
+        if inputs is not None:
+            raise ValueError(
+                "example_inputs are what targets 'macs' and 'latency' are measured on, and target 'params' takes none: "
+                "name one of these targets, or leave them out; data to fit to is given as calibration=."
+            )
         return None
+    if inputs is not None:
+        return inputs
     raise ValueError(
         f"target {target!r} is measured on example_inputs, got None: pass a tensor, a tuple of positional arguments or "
         "a dict of keyword arguments for the model."

@@ -81,8 +81,8 @@ def svd_compress_(
             fraction of its own cost).
         target: what the ratio is a fraction of: ``"params"``, ``"macs"`` or ``"latency"``. The last two are counted or
             measured before and after, and reported.
-        example_inputs: for the last two: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
-            the device of the model.
+        example_inputs: for the last two alone: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments, on the device of the model.
         rank_multiple: only ranks that are multiples of this, at least 1; None: all of them for target ``"params"``,
             those that suit the hardware for the others.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.

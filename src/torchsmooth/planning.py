@@ -69,8 +69,8 @@ def plan_compression(
             inputs, counted exactly, attention and recurrent layers included (operators of other libraries are left out,
             with a warning); or ``"latency"``, the time they take on the model's device, measured for each layer at a
             few ranks, alone, without gradients in eval mode.
-        example_inputs: for the last two: a tensor, a tuple of positional arguments or a dict of keyword arguments, on
-            the device of the model. The model is run on them and comes out as it was.
+        example_inputs: for the last two alone: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments, on the device of the model. The model is run on them and comes out as it was.
         rank_multiple: only ranks that are multiples of this are considered, at least 1. None: all of them for
             ``"params"``; for the other targets multiples of 16, which hardware computes at once, or for matrices of a
             full rank below 64 of 8, 4 or 1.
@@ -91,9 +91,9 @@ def plan_compression(
     Raises:
         TypeError: if an argument is of a wrong type.
         ValueError: if an argument is out of range, both or neither of ``ratio`` and ``max_error`` are given,
-            ``max_error`` is given with another target than parameters, example inputs are missing, the ratio cannot be
-            reached (the message names the largest that can), a weight holds NaN or infinite values, is sharded or not
-            initialised, or there is nothing to compress.
+            ``max_error`` is given with another target than parameters, example inputs are missing, or given for
+            parameters, the ratio cannot be reached (the message names the largest that can), a weight holds NaN or
+            infinite values, is sharded or not initialised, or there is nothing to compress.
 
     Example:
         >>> import torch, torchsmooth
@@ -161,7 +161,7 @@ def sweep(
         form: ``"auto"``, ``"factored"`` or ``"pivoted"``.
         allocation: ``"budget"`` or ``"uniform"``.
         target: ``"params"``, ``"macs"`` or ``"latency"``.
-        example_inputs: inputs to measure with, for the last two.
+        example_inputs: inputs to measure with, for the last two alone.
         rank_multiple: only ranks that are multiples of this, at least 1; None as for ``plan_compression``.
         filter_fn: ``filter_fn(module, qualified_name) -> bool``; False leaves a layer dense.
         calibration: a few unlabelled batches, to weigh ranks by the relative error at each layer's output.
