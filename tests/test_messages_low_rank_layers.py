@@ -212,6 +212,27 @@ SOURCES = [
         model=low_rank,
     ),
     Mistake(
+        "a parameter for the weight",
+        lambda model: setattr(model, "weight", nn.Parameter(torch.ones(5, 6))),
+        AttributeError,
+        (
+            "weight of a LowRankLinear cannot be set, as it is computed from the factors: set_factors_ stores others, "
+            "up.weight and down.weight are the parameters, and restore_dense_ makes an ordinary layer of it."
+        ),
+        model=low_rank,
+    ),
+    Mistake(
+        "a tensor for the weight of three layers",
+        lambda model: setattr(model, "weight", torch.ones(4, 4, 3, 3)),
+        AttributeError,
+        (
+            "weight of a TuckerConv2d cannot be set, as it is computed from the factors: set_factors_ stores others, "
+            "up.weight, core.weight and down.weight are the parameters, and restore_dense_ makes an ordinary layer "
+            "of it."
+        ),
+        model=lambda: fill_(TuckerConv2d(4, 4, 3, 2), 0),
+    ),
+    Mistake(
         "factors that are NaN",
         lambda model: model.set_factors_(torch.full((1, 5, 2), math.nan), torch.ones(1, 2, 6)),
         ValueError,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ._checks import is_quantised
+from ._checks import is_quantised, with_article
 from ._execution import active, derived_of, use_
 from ._given_factors import checked_copies
 from ._leading import truncated_factors
@@ -48,6 +48,10 @@ class LowRankLayer(nn.Module):
         """The weight of the dense layer: the factors multiplied out, in their dtype. Read-only, never kept."""
         weight: Tensor = multiply_out(self).to(self._factor("up").dtype)
         return weight
+
+    @weight.setter
+    def weight(self, _: object) -> None:
+        raise self._unsettable()
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -105,6 +109,20 @@ class LowRankLayer(nn.Module):
     @abstractmethod
     def to_dense(self) -> nn.Module:
         """Merge the factors into the layer of torch that they stand for; this layer is not changed."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a weight; of a parameter torch says no more than that there is an attribute of this name."""
+        if name == "weight":
+            raise self._unsettable()
+        super().register_parameter(name, param)
+
+    def _unsettable(self) -> AttributeError:
+        *others, last = (f"{child}.weight" for child in self.factor_children)
+        return AttributeError(
+            f"weight of {with_article(type(self).__name__)} cannot be set, as it is computed from the factors: "
+            f"set_factors_ stores others, {', '.join(others)} and {last} are the parameters, and restore_dense_ makes "
+            "an ordinary layer of it."
+        )
 
     def _form_repr(self) -> str:
         form = "" if self.form == "factored" else f", form={self.form}"
