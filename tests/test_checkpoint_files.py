@@ -157,7 +157,7 @@ def test_what_is_no_plain_layer_by_its_name_or_shape_stays_dense(tmp_path, kind)
 def test_a_filter_sees_names_and_shapes_of_what_could_be_compressed(tmp_path):
     source, seen = save(mlp().state_dict(), tmp_path, "pickle"), {}
 
-    def keep(name, shape):
+    def keep(shape, name):
         seen[name] = shape
         return name != "2"
 

@@ -322,7 +322,7 @@ ARGUMENTS = [
     (
         {"ratio": 0.5, "filter_fn": "head"},
         TypeError,
-        r"filter_fn must be a function of \(name, shape\), got str 'head'",
+        r"filter_fn must be a function of \(shape, name\), got str 'head'",
     ),
     ({"ratio": 0.5, "model": "mlp"}, TypeError, "model must be a torch.nn.Module, got str 'mlp'"),
     (
@@ -334,10 +334,10 @@ ARGUMENTS = [
     ({"ratio": 0.99}, ValueError, r"ratio 0\.99 cannot be reached: with rank 1"),
     ({"max_error": 1e-9}, ValueError, "nothing to compress: no layer can be made smaller within max_error=1e-09"),
     (
-        {"ratio": 0.5, "filter_fn": lambda name, shape: False},
+        {"ratio": 0.5, "filter_fn": lambda shape, name: False},
         ValueError,
         (
-            r"nothing to compress in this checkpoint: filter_fn left out all 3 layers\. filter_fn\(name, shape\) "
+            r"nothing to compress in this checkpoint: filter_fn left out all 3 layers\. filter_fn\(shape, name\) "
             r"returns True"
         ),
     ),
@@ -378,7 +378,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path):
     message = rf"{re.escape(shard)}': the weight of layer '2' holds 2 NaN or infinite values out of 512: repair it, or"
     with pytest.raises(ValueError, match=message):
         compress_checkpoint(source, tmp_path / "small", 0.5)
-    report = compress_checkpoint(source, tmp_path / "small", 0.2, filter_fn=lambda name, _: name != "2")
+    report = compress_checkpoint(source, tmp_path / "small", 0.2, filter_fn=lambda _, name: name != "2")
     assert report["2"].reason == "left out by filter_fn"
 
 
@@ -394,7 +394,7 @@ def test_without_safetensors_its_files_are_refused_with_the_way_to_get_it(tmp_pa
 def test_a_source_that_shrinks_meanwhile_is_noticed(tmp_path):
     source = save(mlp().state_dict(), tmp_path, "safetensors")
 
-    def cut(name, shape):
+    def cut(shape, name):
         source.write_bytes(source.read_bytes()[:-40])
         return True
 

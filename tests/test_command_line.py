@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoints import load, out, same, save
 from tests.networks import mlp
-from tests.strategies import randn
+from tests.strategies import fill_, randn
 from torchsmooth import compress_checkpoint, svd_compress_
 from torchsmooth._command_line import main
 from torchsmooth.spectra import spectrum
@@ -25,7 +25,7 @@ def test_compress_does_what_the_function_does(tmp_path, capsys, kind):
     printed = capsys.readouterr()
     model = mlp()
     report = svd_compress_(model, 0.5, filter_fn=lambda _, name: name != "4")
-    assert printed.out == f"{report}\n"
+    assert printed.out == f"{report}\n".replace("filter_fn", "--exclude")
     assert printed.err == ""
     assert same(load(out(tmp_path, kind)), model.state_dict())
 
@@ -105,7 +105,7 @@ def test_inspect_prints_two_tables(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["layer", "type", "shape", "parameters", "effective", "rank", "note"]
     assert lines[2].split()[:4] == ["0", "Linear", "32×24", "768"]
-    assert lines[4].endswith("dense: left out by filter_fn")
+    assert lines[4].endswith("dense: left out by --exclude")
     assert lines[5] == "1,464 parameters, 2 of 3 layers can be compressed"
     assert lines[9].split()[:3] == ["0.5", "712", "(-51.4"]
     assert "cannot be reached" in lines[10]
@@ -160,6 +160,27 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "small.pt").exists()
+
+
+def test_a_layer_left_out_is_listed_by_the_option_that_did_it(tmp_path, capsys):
+    source = save(mlp().state_dict(), tmp_path, "pickle")
+    options = ["--ratio", "0.3", "--exclude", "2", "--json"]
+    assert main(["compress", str(source), str(tmp_path / "small.pt"), *options]) == 0
+    reasons = {one["name"]: one["reason"] for one in json.loads(capsys.readouterr().out)["layers"]}
+    assert reasons["2"] == "left out by --exclude"
+    assert main(["inspect", str(source), "--ratios", "0.9", "--exclude", "0", "--json"]) == 0
+    (ratio,) = json.loads(capsys.readouterr().out)["ratios"]
+    assert "'0', with 768: left out by --exclude" in ratio["problem"]
+
+
+def test_advice_names_the_option_where_the_function_has_an_argument(tmp_path, capsys):
+    state = fill_(mlp(), 0).state_dict()
+    state["2.weight"][0, 0] = torch.nan
+    source = save(state, tmp_path, "pickle")
+    arguments = ["compress", str(source), str(tmp_path / "small.pt"), "--ratio", "0.3"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.endswith("repair it, or leave the layer out with --exclude.\n")
+    assert main([*arguments, "--exclude", "2"]) == 0
 
 
 @pytest.mark.parametrize(

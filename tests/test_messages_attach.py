@@ -173,7 +173,8 @@ ATTACHED = [
         lambda model: attach_(sgd(model), model),
         ValueError,
         (
-            "ratio 0.9 cannot be reached: with rank 1 in every layer that can be compressed, 27 of "
+            "RankTail(strength=0.01, ratio=0.9, scheme='auto', form='auto', replan_every=400, refresh_every=40) cannot "
+            "be planned: ratio 0.9 cannot be reached: with rank 1 in every layer that can be compressed, 27 of "
             "59 parameters are left. The largest ratio that can be reached is 0.5423."
         ),
         model=smoothed(RankTail(0.9)),

@@ -128,7 +128,13 @@ FILES = [
         "a model for a source",
         lambda model, folder: compress_checkpoint(model, folder / "out.pt", 0.3),
         TypeError,
-        "source must be a path, got Sequential.",
+        "source must be a path, got Sequential: svd_compress_ takes a model.",
+    ),
+    Mistake(
+        "a state dict for a source",
+        lambda model, folder: compress_checkpoint(model.state_dict(), folder / "out.pt", 0.3),
+        TypeError,
+        "source must be a path, got OrderedDict: save a state dict with torch.save first.",
     ),
     Mistake(
         "no destination",
@@ -185,17 +191,17 @@ FILES = [
         "a file filter of modules",
         lambda model, folder: compress_checkpoint(dense(folder), folder / "out.pt", 0.3, filter_fn=lambda name: True),
         TypeError,
-        ("filter_fn must be a function of (name, shape), got function <lambda>, which takes (name)."),
+        ("filter_fn must be a function of (shape, name), got function <lambda>, which takes (name)."),
     ),
     Mistake(
         "a file filter that leaves all out",
         lambda model, folder: compress_checkpoint(
-            dense(folder), folder / "out.pt", 0.3, filter_fn=lambda name, shape: False
+            dense(folder), folder / "out.pt", 0.3, filter_fn=lambda shape, name: False
         ),
         ValueError,
         (
             "nothing to compress in this checkpoint: filter_fn left out all 2 layers. "
-            "filter_fn(name, shape) returns True for a layer to compress."
+            "filter_fn(shape, name) returns True for a layer to compress."
         ),
     ),
     Mistake(
@@ -300,8 +306,8 @@ COMMANDS = {
     "all left out": (
         ["compress", "{folder}/model.pt", "{folder}/out.pt", "--ratio", "0.3", "--exclude", "*"],
         (
-            "nothing to compress in this checkpoint: filter_fn left out all 2 layers. "
-            "filter_fn(name, shape) returns True for a layer to compress."
+            "nothing to compress in this checkpoint: --exclude left out all 2 layers. "
+            "Layers whose names match none of its patterns are compressed."
         ),
     ),
 }

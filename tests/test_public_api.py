@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "torchsmooth"
 SIGNATURES = {
     "compress_checkpoint": (
         "(source, destination, ratio=None, *, max_error=None, scheme='auto', form='auto', allocation='budget', "
-        "rank_multiple=1, filter_fn=None, model=None, device='cpu', progress=None)"
+        "rank_multiple=None, filter_fn=None, model=None, device='cpu', progress=None)"
     ),
     "is_penalized": "(module, tensor_name=None)",
     "load_compressed_": "(model, state_dict)",

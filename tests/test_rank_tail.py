@@ -146,9 +146,9 @@ def test_what_cannot_be_compressed_is_left_alone():
 
 def test_ranks_and_bases_are_renewed_when_due():
     model = mixed()
-    plan, refresh = rank_tail.plan_compression, rank_tail._Projection.refresh
+    plan, refresh = rank_tail.planned, rank_tail._Projection.refresh
     with (
-        patch.object(rank_tail, "plan_compression", side_effect=plan) as planned,
+        patch.object(rank_tail, "planned", side_effect=plan) as planned,
         patch.object(rank_tail._Projection, "refresh", autospec=True, side_effect=refresh) as refreshed,
     ):
         optimizer, _ = attached(model, RankTail(0.5, 0.1, replan_every=6, refresh_every=2))
@@ -164,7 +164,7 @@ def test_ranks_and_bases_are_renewed_when_due():
 
 def test_nothing_is_planned_anew_while_the_schedule_is_at_zero():
     model = mixed()
-    with patch.object(rank_tail, "plan_compression", side_effect=rank_tail.plan_compression) as planned:
+    with patch.object(rank_tail, "planned", side_effect=rank_tail.planned) as planned:
         optimizer, _ = attached(
             model, RankTail(0.5, replan_every=1), schedule=StrengthSchedule(10, begin=0.5, full=0.5)
         )
@@ -428,12 +428,35 @@ def test_values_that_are_no_numbers_are_refused_by_name(scheme):
         steps(optimizer, 1)
 
 
-def test_layers_that_it_does_not_reach_are_named_as_the_cause():
-    model = fill_(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), 0)
-    svd_compress_(model, 0.3)
-    smooth_(model, RankTail(0.6))
-    with pytest.raises(ValueError, match="RankTail plans without low-rank and parametrized layers"):
+def refusal(model, penalty):
+    """What is said where a penalty cannot be attached."""
+    before = snapshot(model)
+    smooth_(model, penalty)
+    with pytest.raises(ValueError, match=r"^RankTail\(") as caught:
         attach_(torch.optim.SGD(model.parameters(), 0.1), model)
+    assert same(before, snapshot(model))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("head", [24, 1])  # the one of a single output stays dense
+def test_on_a_compressed_model_it_says_what_it_plans_without_and_what_serves_there(head):
+    model = fill_(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, head)), 0)
+    svd_compress_(model, 0.3)
+    said = refusal(model, RankTail(0.6))
+    assert "RankTail left out" in said
+    assert "RankTail plans without low-rank and parametrized layers" in said
+    assert "NuclearNorm() or another penalty serves low-rank ones" in said
+    assert "filter_fn" not in said
+
+
+def test_a_ratio_out_of_its_reach_names_the_penalty_and_the_layers_left_out():
+    assert "cannot be planned: ratio 0.99999 cannot be reached" in refusal(mlp(), RankTail(0.99999))
+    model = fill_(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), 0)
+    svd_compress_(model, 0.3, filter_fn=lambda _, name: name == "0")
+    said = refusal(model, RankTail(0.9))
+    assert "'0.up', with" in said or "'0', with" in said
+    assert "left out by RankTail" in said
+    assert "filter_fn" not in said
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ from ._checks import FLOAT_DTYPES, is_wanted, quoted, with_article
 from ._computed import computing
 from ._layers import count_parameters, find_layers, weights_of
 from ._lowrank_layer import LowRankLayer
-from ._planner import FILTERED
 from ._sharing import names_of_modules
 from .layer_types import layer_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from ._planner import Filter
     from ._tensor_entry import Entry
     from ._tensor_source import Checkpoint
 
@@ -80,14 +80,14 @@ class FoundLayers:
     layers: list[CheckpointLayer]
     parameters: int
 
-    def filtered(self, filter_fn: Callable[[str, tuple[int, ...]], bool] | None) -> FoundLayers:
-        """Leave layers out for which a function of name and shape says False."""
+    def filtered(self, filter_fn: Callable[[tuple[int, ...], str], bool] | None, by: Filter) -> FoundLayers:
+        """Leave layers out for which a function of shape and name says False."""
         if filter_fn is None:
             return self
         kept = [
             one
-            if one.dense is None or is_wanted(filter_fn(one.name, one.shape), one.name)
-            else replace(one, reason=FILTERED, dense=None)
+            if one.dense is None or is_wanted(filter_fn(one.shape, one.name), one.name)
+            else replace(one, reason=by.reason, dense=None)
             for one in self.layers
         ]
         return FoundLayers(kept, self.parameters)

@@ -14,14 +14,19 @@ import torch
 
 from ._destination import Destination
 from ._inspection import inspect
+from ._planner import Filter, Subject
 from ._tensor_source import Checkpoint
-from ._terms import checked_ratio, checked_terms
-from .checkpoint_files import checked_device, compress_checkpoint, opened
+from ._terms import checked_goal, checked_ratio, checked_terms
+from .checkpoint_files import checked_device, compressed, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ._terms import Allocation, Terms
+
 _RATIOS = (0.3, 0.5, 0.7, 0.9)
+
+_SUBJECT = Subject("checkpoint", Filter("--exclude", "Layers whose names match none of its patterns are compressed."))
 
 _DONE, _FAILED, _STOPPED = 0, 1, 130  # argparse itself ends with 2 where it cannot read the arguments
 
@@ -49,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # What the library advises is written for its functions.
+        advice = " ".join(str(error).split()).replace("with filter_fn", f"with {_SUBJECT.filter.name}")
+        print(f"error: {advice}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here, if it was compress.", file=sys.stderr)
@@ -58,41 +65,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(asked: argparse.Namespace) -> Any:
-    terms = checked_terms(
-        scheme=asked.scheme or "auto",
-        form=asked.form,
-        allocation="budget",
-        target="params",
-        rank_multiple=asked.rank_multiple,
-        progress=asked.progress,
-    )
+    terms = _terms(asked, "budget")
     ratios = [checked_ratio(one, "--ratios", "params") for one in asked.ratios]
     device = checked_device(asked.device)
-    checkpoint, found = opened(asked.file, _filter(asked))
+    checkpoint, found = opened(asked.file, _filter(asked), subject=_SUBJECT)
     with torch.no_grad():
-        return inspect(checkpoint, found, terms, ratios, device)
+        return inspect(checkpoint, found, terms, ratios, device, _SUBJECT)
 
 
 def _compress(asked: argparse.Namespace) -> Any:
     destination = Destination.of(asked.out, Checkpoint(asked.file))
     if destination.exists and not asked.force:
         raise ValueError(f"{asked.out!r} exists already: add --force to replace it.")
-    return compress_checkpoint(
-        asked.file,
-        asked.out,
-        asked.ratio,
-        max_error=asked.max_error,
+    terms = _terms(asked, asked.allocation)
+    goal = checked_goal(asked.ratio, asked.max_error, "params")
+    device = checked_device(asked.device)
+    return compressed(asked.file, asked.out, goal, terms, device, filter_fn=_filter(asked), subject=_SUBJECT)
+
+
+def _terms(asked: argparse.Namespace, allocation: Allocation) -> Terms:
+    return checked_terms(
         scheme=asked.scheme or "auto",
         form=asked.form,
-        allocation=asked.allocation,
+        allocation=allocation,
+        target="params",
         rank_multiple=asked.rank_multiple,
-        filter_fn=_filter(asked),
-        device=asked.device,
         progress=asked.progress,
     )
 
 
-def _filter(asked: argparse.Namespace) -> Callable[[str, tuple[int, ...]], bool] | None:
+def _filter(asked: argparse.Namespace) -> Callable[[tuple[int, ...], str], bool] | None:
     """Leave out layers whose names match a pattern; a pattern that matches none is a mistake."""
     patterns = asked.exclude
     if not patterns:
@@ -105,7 +107,7 @@ def _filter(asked: argparse.Namespace) -> Callable[[str, tuple[int, ...]], bool]
                 if names
                 else f"--exclude {pattern!r} matches nothing: the file has no layers."
             )
-    return lambda name, _: not any(fnmatchcase(name, pattern) for pattern in patterns)
+    return lambda _, name: not any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._checkpoint_layers import FoundLayers
-    from ._planner import Planner
+    from ._planner import Planner, Subject
     from ._tensor_source import Checkpoint
     from ._terms import Terms
     from .layer_plan import LayerPlan
@@ -116,11 +116,16 @@ class Inspection:
 
 
 def inspect(
-    checkpoint: Checkpoint, found: FoundLayers, terms: Terms, ratios: Sequence[float], device: torch.device
+    checkpoint: Checkpoint,
+    found: FoundLayers,
+    terms: Terms,
+    ratios: Sequence[float],
+    device: torch.device,
+    subject: Subject,
 ) -> Inspection:
     """Decompose every layer of a checkpoint that can be, one at a time, and plan for some ratios."""
     workshop = Workshop(checkpoint, found.layers, terms, device)
-    planner = planner_for(workshop, found, terms, workshop.decompose)
+    planner = planner_for(workshop, found, terms, workshop.decompose, subject)
     layers = [_layer_view(one) for one in planner.layers]
     views = [_ratio_view(planner, ratio) for ratio in ratios]
     return Inspection(str(checkpoint.path), found.parameters, layers, views)

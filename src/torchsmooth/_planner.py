@@ -20,7 +20,26 @@ if TYPE_CHECKING:
     from ._terms import Terms
     from .layer_plan import Choice, LayerPlan
 
-FILTERED = "left out by filter_fn"
+
+@dataclass(frozen=True)
+class Filter:
+    """What leaves layers out, as errors and plans speak of it.
+
+    Attributes:
+        name: what it is called where it was given.
+        rule: a sentence on how it says which layers are taken.
+    """
+
+    name: str = "filter_fn"
+    rule: str = "filter_fn(module, qualified_name) returns True for a layer to compress."
+
+    @property
+    def reason(self) -> str:
+        """Why a layer stays dense that it left out."""
+        return f"left out by {self.name}"
+
+
+FILTER = Filter()
 
 
 @dataclass(frozen=True)
@@ -29,12 +48,12 @@ class Subject:
 
     Attributes:
         kind: what it is: the class of a model.
-        filter_call: how its ``filter_fn`` is called.
+        filter: what leaves layers out.
         asked: what the plan says after what was asked for.
     """
 
     kind: str
-    filter_call: str = "filter_fn(module, qualified_name)"
+    filter: Filter = FILTER
     asked: str = ""
 
 
@@ -165,15 +184,13 @@ class Planner:
         return WORDS[terms.target].none_cheaper.replace("no rank", among)
 
     def _nothing_to_compress(self, layers: list[LayerPlan]) -> str:
-        kind, left_out = self.subject.kind, sum(one.reason == FILTERED for one in layers)
+        kind, by = self.subject.kind, self.subject.filter
+        left_out = sum(one.reason == by.reason for one in layers)
         if left_out:
             which = f"all {left_out} layers"
             if left_out < len(layers):
                 which = f"{left_out} of {len(layers)} layers, and the others have to stay dense"
-            return (
-                f"nothing to compress in this {kind}: filter_fn left out {which}. {self.subject.filter_call} returns "
-                "True for a layer to compress."
-            )
+            return f"nothing to compress in this {kind}: {by.name} left out {which}. {by.rule}"
         reasons = [f"{one.name or '(the model)'}: {one.reason or self._none_cheaper()}" for one in layers]
         listed = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")  # noqa: PLR2004
         found = f"none of its {len(layers)} layers can be made smaller ({listed})" if layers else "it has no layers"

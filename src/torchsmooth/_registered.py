@@ -60,6 +60,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def padding_row(module: nn.Module, rows: int) -> int | None:
+    """Return the row of a table of so many that pads an embedding, and is never trained."""
+    padding = module.padding_idx if isinstance(module, nn.Embedding) else None
+    return None if padding is None else padding % rows
+
+
+def without_row(tensor: Tensor, row: int | None) -> Tensor:
+    """Leave a row out."""
+    return tensor if row is None else torch.cat([tensor[:row], tensor[row + 1 :]])
+
+
 @dataclass(frozen=True)
 class Use:
     """One registration: a tensor, as the module that it was registered on sees it."""
@@ -78,8 +89,7 @@ class Use:
         if self.tensor_name in _LAID_OUT_ALIKE:
             if isinstance(self.module, (*_CONVOLUTIONS, *_TRANSPOSED)):
                 return self.module.groups, isinstance(self.module, _TRANSPOSED), None
-            if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
-                return 1, False, self.module.padding_idx % rows
+            return 1, False, padding_row(self.module, rows)
         return 1, False, None
 
     def sources(self) -> list[nn.Parameter]:
@@ -132,9 +142,7 @@ class Registered:
                 f"its shape is {tuple(self.tensor.shape)} now, as that of a part in FullyShardedDataParallel, which "
                 "cannot be put together again: use fully_shard, the newer way to shard."
             )
-        tensor, untrained = whole(self.tensor), self._untrained()
-        if untrained is not None:
-            tensor = torch.cat([tensor[:untrained], tensor[untrained + 1 :]])
+        tensor = without_row(whole(self.tensor), self._untrained())
         groups, transposed, _ = self.uses[0].geometry(len(self.tensor))
         return Weight(tensor, groups, transposed)
 

@@ -13,12 +13,13 @@ from ._layers import KINDS, FoundLayer, find_layers, rows_of, shape_of, weight_o
 from ._lowrank_layer import LowRankLayer
 from ._objective import importances
 from ._options import alike, bases_kept, decomposition_work, options_of, output_losses
-from ._planner import FILTERED, Planner, Subject
+from ._planner import FILTER, Filter, Planner, Subject
 from ._prices import ParameterPrices
 from ._ranks import ALONE
 from ._targets import Target, needed_inputs, price_
 from ._terms import Terms, checked_terms
 from .layer_plan import LayerPlan
+from .report import BEFORE_REFIT, RANKS_CALIBRATED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ class Request(Terms):
     calibration: Calibration | None
     team: Team
     parametrized: Computed
+    left_out: Filter = FILTER
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class Request(Terms):
         calibration: Any,
         parametrized: Computed = "keep",
         team: Team = ALONE,
+        left_out: Filter = FILTER,
         **options: Any,
     ) -> Request:
         """Check what a user asks for; ``options`` are the other arguments of :func:`checked_terms`."""
@@ -67,12 +70,12 @@ class Request(Terms):
         show = team.shown(progress)
         kept = Calibration.of(calibration, show, team)
         own = {"inputs": inputs, "filter_fn": filter_fn, "calibration": kept, "team": team}
-        return cls(**vars(terms) | {"show": show} | own, parametrized=parametrized)
+        return cls(**vars(terms) | {"show": show} | own, parametrized=parametrized, left_out=left_out)
 
     def refusal(self, module: nn.Module, name: str) -> str:
         """Say why a composite layer is not to be written in plain ones; empty if it is."""
         if self.filter_fn is not None and not is_wanted(self.filter_fn(module, name), name):
-            return FILTERED
+            return self.left_out.reason
         computed = computing(module)
         if computed and self.parametrized == "keep":
             return f"{computed} (parametrized='merge' compresses what is computed)"
@@ -95,7 +98,7 @@ class Workpiece:
 
     def __init__(self, model: nn.Module, request: Request, expansion: Expansion, *, weighed: bool = True) -> None:
         self.model, self.request = model, request
-        found = [_unless_filtered(one, request.filter_fn, expansion) for one in find_layers(model, expansion)]
+        found = [_unless_filtered(one, request, expansion) for one in find_layers(model, expansion)]
         self.parameters = expansion.parameters
         weights = {one.name: weight_of(one.module) for one in found if not one.reason}
         for name, weight in weights.items():
@@ -157,18 +160,17 @@ class Workpiece:
     def plan(self, ratio: float | None, max_error: float | None = None) -> CompressionPlan:
         """Make the plan for one ratio or one error bound, both checked."""
         request, kind = self.request, type(self.model).__name__
-        calibrated = ", ranks calibrated" if max_error is None else " before the refit to data"
-        subject = Subject(kind, asked="" if request.calibration is None else calibrated)
+        calibrated = RANKS_CALIBRATED if max_error is None else BEFORE_REFIT
+        subject = Subject(kind, request.left_out, asked="" if request.calibration is None else calibrated)
         return Planner(subject, request, self.layers, self.parameters, self.cost).plan(ratio, max_error, request.team)
 
 
-def _unless_filtered(
-    found: FoundLayer, filter_fn: Callable[[nn.Module, str], bool] | None, expansion: Expansion
-) -> FoundLayer:
+def _unless_filtered(found: FoundLayer, request: Request, expansion: Expansion) -> FoundLayer:
+    filter_fn = request.filter_fn
     if found.reason or filter_fn is None or found.module in expansion.origins:  # those were asked for before
         return found
     wanted = is_wanted(filter_fn(found.module, found.name), found.name)
-    return found if wanted else replace(found, reason=FILTERED)
+    return found if wanted else replace(found, reason=request.left_out.reason)
 
 
 def _layouts(found: FoundLayer, schemes: Sequence[str]) -> list[Layout]:

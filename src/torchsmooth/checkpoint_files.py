@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ._checkpoint_factors import Workshop
 from ._checkpoint_layers import FoundLayers, layers_by_name, layers_of_model
 from ._checks import check_filter, check_module, describe
 from ._destination import Destination
-from ._planner import Planner, Subject
+from ._planner import Filter, Planner, Subject
 from ._progress import progress as shown
 from ._tensor_entry import Changes
 from ._tensor_source import Checkpoint
@@ -22,7 +23,7 @@ from .report import CompressionReport, LayerReport
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -33,11 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compress_checkpoint"]
 
-SUBJECT = Subject("checkpoint", "filter_fn(name, shape)")
+SUBJECT = Subject("checkpoint", Filter(rule="filter_fn(shape, name) returns True for a layer to compress."))
 
 
-@torch.inference_mode(mode=False)
-@torch.no_grad()
 def compress_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -47,8 +46,8 @@ def compress_checkpoint(
     scheme: SchemeOption | Sequence[SchemeOption] = "auto",
     form: FormOption = "auto",
     allocation: Allocation = "budget",
-    rank_multiple: int = 1,
-    filter_fn: Callable[[str, tuple[int, ...]], bool] | None = None,
+    rank_multiple: int | None = None,
+    filter_fn: Callable[[tuple[int, ...], str], bool] | None = None,
     model: nn.Module | None = None,
     device: torch.device | str = "cpu",
     progress: bool | None = None,
@@ -87,9 +86,9 @@ def compress_checkpoint(
         scheme: ``"auto"``, ``"channel"``, ``"input"``, ``"spatial"`` or ``"tucker"``, or a sequence of those.
         form: ``"auto"``, ``"factored"`` or ``"pivoted"``.
         allocation: ``"budget"`` or ``"uniform"``.
-        rank_multiple: only ranks that are multiples of this, at least 1.
-        filter_fn: ``filter_fn(name, shape) -> bool``, called for each layer that could be compressed, with the name and
-            the shape of its weight; False leaves it dense.
+        rank_multiple: only ranks that are multiples of this, at least 1; None: all of them.
+        filter_fn: ``filter_fn(shape, name) -> bool``, called for each layer that could be compressed, with the shape of
+            its weight and its name; False leaves it dense.
         model: the dense model, if it can be built, also on the meta device (``with torch.device("meta"):``): tells
             exactly what each tensor is. It is not changed.
         device: where weights are decomposed, one at a time.
@@ -128,17 +127,33 @@ def compress_checkpoint(
         rank_multiple=rank_multiple,
         progress=progress,
     )
-    ratio, max_error = checked_goal(ratio, max_error, "params")
-    where = checked_device(device)
-    checkpoint, found = opened(source, filter_fn, model)
+    goal = checked_goal(ratio, max_error, "params")
+    return compressed(source, destination, goal, terms, checked_device(device), filter_fn=filter_fn, model=model)
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def compressed(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    goal: tuple[float | None, float | None],
+    terms: Terms,
+    where: torch.device,
+    *,
+    filter_fn: Callable[[tuple[int, ...], str], bool] | None = None,
+    model: nn.Module | None = None,
+    subject: Subject = SUBJECT,
+) -> CompressionReport:
+    """Compress a checkpoint; ``goal`` is the ratio and the largest error, one of them None."""
+    checkpoint, found = opened(source, filter_fn, model, subject)
     place = Destination.of(destination, checkpoint)
     workshop = Workshop(checkpoint, found.layers, terms, where)
     layers = [(workshop.name_of(one), one.name, one.parameters, one.aliases) for one in found.layers]
-    asked = [ratio, max_error, form, allocation, rank_multiple, found.parameters, layers]
+    asked = [*goal, terms.form, terms.allocation, terms.multiple, found.parameters, layers]
     work = WorkFolder(place.work_folder, checkpoint.identity(), asked)
 
     try:
-        plan, made = _made(work, workshop, found, terms, (ratio, max_error))
+        plan, made = _made(work, workshop, found, terms, goal, subject)
         changes = _changes(work, [one for one in found.layers if one.name in made], made, plan.asked)
         work.write_files(checkpoint, changes, partial(shown, description="Writing files", enabled=terms.show))
         place.commit(work, checkpoint, changes, plan.parameters_after)
@@ -150,25 +165,37 @@ def compress_checkpoint(
 
 
 def opened(
-    source: Any, filter_fn: Callable[[str, tuple[int, ...]], bool] | None, model: nn.Module | None = None
+    source: Any,
+    filter_fn: Callable[[tuple[int, ...], str], bool] | None,
+    model: nn.Module | None = None,
+    subject: Subject = SUBJECT,
 ) -> tuple[Checkpoint, FoundLayers]:
     """Open a checkpoint and find its layers; of the arguments, none is checked yet."""
-    check_filter(filter_fn, "(name, shape)")
+    if isinstance(source, (Mapping, nn.Module)):
+        way = (
+            "save a state dict with torch.save first" if isinstance(source, Mapping) else "svd_compress_ takes a model"
+        )
+        raise TypeError(f"source must be a path, got {describe(source)}: {way}.")
+    check_filter(filter_fn, "(shape, name)")
     if model is not None:
         check_module(model)
     checkpoint = Checkpoint(source)
     found = layers_by_name(checkpoint) if model is None else layers_of_model(checkpoint, model)
-    return checkpoint, found.filtered(filter_fn)
+    return checkpoint, found.filtered(filter_fn, subject.filter)
 
 
 def planner_for(
-    workshop: Workshop, found: FoundLayers, terms: Terms, known: Callable[[CheckpointLayer], Mapping[str, Any]]
+    workshop: Workshop,
+    found: FoundLayers,
+    terms: Terms,
+    known: Callable[[CheckpointLayer], Mapping[str, Any]],
+    subject: Subject,
 ) -> Planner:
     """Look at one layer after the other; ``known`` returns what :meth:`Workshop.decompose` does."""
     able = [one for one in found.layers if one.dense is not None]
     results = {one.name: known(one) for one in shown(able, "Decomposing layers", enabled=terms.show)}
     plans: list[LayerPlan] = workshop.plans(found.layers, results)
-    return Planner(SUBJECT, terms, plans, found.parameters, found.parameters)
+    return Planner(subject, terms, plans, found.parameters, found.parameters)
 
 
 def checked_device(device: Any) -> torch.device:
@@ -185,14 +212,19 @@ def checked_device(device: Any) -> torch.device:
 
 
 def _made(
-    work: WorkFolder, workshop: Workshop, found: FoundLayers, terms: Terms, goal: tuple[float | None, float | None]
+    work: WorkFolder,
+    workshop: Workshop,
+    found: FoundLayers,
+    terms: Terms,
+    goal: tuple[float | None, float | None],
+    subject: Subject,
 ) -> tuple[CompressionPlan, dict[str, dict[str, Any]]]:
     """Plan, and factor what was planned to be; return what there is to say of each low-rank layer, by name."""
 
     def known(layer: CheckpointLayer) -> Mapping[str, Any]:
         return work.result("spectra", workshop.name_of(layer), lambda: workshop.decompose(layer))
 
-    plan = planner_for(workshop, found, terms, known).plan(*goal)
+    plan = planner_for(workshop, found, terms, known, subject).plan(*goal)
     choices = {one.name: one.choice for one in plan if one.choice is not None}
     made = {}
     for layer in shown([one for one in found.layers if one.name in choices], "Factoring layers", enabled=terms.show):

@@ -15,11 +15,13 @@ from ._linalg import without_autocast
 from ._linear_parts import DENSE_LINEAR
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Matricisation
-from ._registered import checked_names, name_of, penalties_of, unwrapped
+from ._planner import Filter
+from ._registered import checked_names, name_of, padding_row, penalties_of, unwrapped, without_row
 from ._tucker import tucker_core, tucker_factors, tucker_product
 from ._whole import check_whole
+from ._workpiece import Request
 from .adaptive import Adaptation, AdaptivePenalty
-from .planning import plan_compression
+from .planning import planned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -196,23 +198,28 @@ class TailPlan(Adaptation):
         modules = dict(self._model.named_modules())
         left_out = {one for one in modules.values() if _kind_of(one) is not None or isinstance(one, LowRankLayer)}
         try:
-            self.plan = plan_compression(
-                self._model,
-                description.ratio,
+            request = Request.of(
                 scheme=description.scheme,
                 form=description.form,
+                allocation="budget",
+                target="params",
+                example_inputs=None,
+                rank_multiple=None,
                 # Under the name of a layer there may be another object while its parent is written in plain layers.
                 filter_fn=lambda module, name: (own := modules.get(name, module)) in tensors or own not in left_out,
+                calibration=None,
                 progress=False,
+                left_out=_LEFT_OUT,
             )
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.plan = planned(self._model, description.ratio, None, request)
         except ValueError as error:
             if self._projections and set(tensors.values()) != self._planned:
                 self._planned_at = step  # of fewer layers than there were: they go on as they were planned
                 self._refresh(step)
                 return
-            if "filter_fn" not in str(error):  # which nobody has given
-                raise
-            raise ValueError(f"{description} cannot be planned: {error} {_REACH}") from error
+            reach = f" {_REACH}" if _LEFT_OUT.reason in str(error) else ""
+            raise ValueError(f"{description} cannot be planned: {error}{reach}") from error
         self._planned = set(tensors.values())
         self._projections = {}
         for layer in self.plan:
@@ -245,10 +252,14 @@ class TailPlan(Adaptation):
         }
 
 
+_LEFT_OUT = Filter(
+    "RankTail",
+    "RankTail plans without low-rank and parametrized layers, and without Linear layers, convolutions and embeddings "
+    "that it is not registered on; NuclearNorm() or another penalty serves low-rank ones.",
+)
 _REACH = (
-    "(RankTail plans without low-rank and parametrized layers, and without Linear layers, convolutions and embeddings "
-    "that it is not registered on. A training in which it was removed from some goes on from a checkpoint if it is "
-    "registered on all of them, attached, given the state, and only then removed.)"
+    f"({_LEFT_OUT.rule} A training in which it was removed from some goes on from a checkpoint if it is registered on "
+    "all of them, attached, given the state, and only then removed.)"
 )
 
 
@@ -309,11 +320,8 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 
 def _trained(module: nn.Module) -> Tensor:
     """Return the weight as a penalty sees it: without the row that pads an embedding, which is never trained."""
-    weight, padding = weight_of(module).detach(), getattr(module, "padding_idx", None)
-    if padding is None:
-        return weight
-    row = padding % len(weight)
-    return torch.cat([weight[:row], weight[row + 1 :]])
+    weight = weight_of(module).detach()
+    return without_row(weight, padding_row(module, len(weight)))
 
 
 def _kind_of(module: nn.Module) -> LayerKind | None:
