@@ -106,6 +106,12 @@ ARGUMENTS = [
         "model must be a torch.nn.Module, got OrderedDict: load a state dict into a model first.",
     ),
     Mistake(
+        "a list of layers for a model",
+        lambda model: svd_compress_(list(model), 0.5),
+        TypeError,
+        "model must be a torch.nn.Module, got list: put them in a torch.nn.Sequential or ModuleList.",
+    ),
+    Mistake(
         "the path of a model",
         lambda model: svd_compress_("model.pt", 0.5),
         TypeError,

@@ -114,6 +114,8 @@ def check_module(value: object, name: str = "model") -> nn.Module:
             way = ": pass an instance of it"
         elif isinstance(value, Mapping):
             way = ": load a state dict into a model first"
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(one, nn.Module) for one in value):
+            way = ": put them in a torch.nn.Sequential or ModuleList"
         raise TypeError(f"{name} must be a torch.nn.Module, got {describe(value)}{way}.")
     return value
 
