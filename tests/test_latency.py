@@ -210,6 +210,16 @@ def test_a_layer_that_is_never_reached_stays_dense(clock):
     assert plan["idle"].reason == plan["4"].reason == "never called on the example inputs"
 
 
+def test_a_layer_whose_weight_the_model_reads_stays_dense(clock):
+    clock(stored)
+    model = mlp()
+    model.forward = lambda inputs: model[4](model[2](torch.relu(model[0](inputs))).to(model[4].weight.dtype))
+    plan = plan_compression(model, 0.1, target="latency", example_inputs=INPUTS)
+    assert plan["4"].reason.startswith("the model reads its weight at each call")
+    assert plan["0"].reason == plan["2"].reason == ""
+    assert plan.latency_after <= 0.9 * plan.latency_before
+
+
 def test_an_edited_rank_that_was_not_timed_has_no_time(clock):
     clock(stored)
     plan = plan_compression(mlp(), 0.3, target="latency", example_inputs=INPUTS)

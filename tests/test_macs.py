@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
 
@@ -121,6 +122,92 @@ def test_a_layer_that_is_never_reached_stays_dense():
     report = plan.apply_(model, torch.zeros(1, 32))
     assert type(model.idle) is nn.Linear
     assert report.macs_after <= 0.6 * report.macs_before
+
+
+class Asking(nn.Module):
+    """Asks for the dtype of a weight at each call, as T5 and CLIP do."""
+
+    def __init__(self, wide=64):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, stride=4)
+        self.first, self.second = nn.Linear(32, wide), nn.Linear(wide, 32)
+
+    def forward(self, images):
+        x = self.patches(images.to(self.patches.weight.dtype)).flatten(2).mT
+        return self.second(self.first(x).relu().to(self.second.weight.dtype))
+
+
+def test_a_layer_whose_weight_the_model_reads_stays_dense():
+    model = Asking()
+    before = counted(model, IMAGES)
+    plan = plan_compression(model, 0.1, target="macs", example_inputs=IMAGES)
+    read = "the model reads its weight at each call, which a low-rank layer would have to multiply out"
+    assert plan["patches"].reason == plan["second"].reason == read
+    report = plan.apply_(model, IMAGES)
+    assert (report["first"].rank, report["second"].reason) == (plan["first"].rank, read)
+    assert plan.macs_after == report.macs_after == counted(model, IMAGES) <= 0.9 * before
+    assert all(layer.rank is not None for layer in plan_compression(Asking(), 0.5))
+    with pytest.raises(ValueError, match=f"The largest of the layers that stay dense is 'second', with 65,536: {read}"):
+        plan_compression(Asking(), 0.9, target="macs", example_inputs=IMAGES)
+
+
+class Looking(nn.Module):
+    """Reads a weight in one of the ways that cost nothing, or from a hook, which costs as much as in forward."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.looked_at, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.look = look
+
+    def forward(self, x):
+        self.look(self.looked_at, x)
+        return self.other(self.looked_at(x))
+
+
+FREE = {
+    "parameters": lambda layer, _: [one.dtype for one in layer.parameters()],
+    "state": lambda layer, _: layer.state_dict(),
+    "bias": lambda layer, _: layer.bias.dtype,
+    "copy": lambda layer, x: copy.deepcopy(layer)(x),
+    "forward": lambda layer, x: layer.forward(x),
+    "functional_call": lambda layer, x: torch.func.functional_call(layer, dict(layer.named_parameters()), (x,)),
+    "compiled": lambda layer, x: torch.compile(layer, backend="eager")(x),
+}
+
+
+@pytest.mark.parametrize("way", FREE)
+def test_what_multiplies_no_factors_out_keeps_no_layer_dense(way):
+    model, inputs = Looking(FREE[way]), torch.zeros(4, 32)
+    plan = plan_compression(model, 0.3, target="macs", example_inputs=inputs)
+    assert not any("reads its weight" in layer.reason for layer in plan)
+    plan["looked_at"].rank = 8
+    assert isinstance(plan.apply_(model, inputs).macs_after, int)
+
+
+def test_a_weight_that_a_hook_reads_is_read():
+    model, inputs = Looking(lambda *_: None), torch.zeros(4, 32)
+    model.looked_at.register_forward_pre_hook(lambda layer, args: (args[0].to(layer.weight.dtype),))
+    plan = plan_compression(model, 0.2, target="macs", example_inputs=inputs)
+    assert plan["looked_at"].reason.startswith("the model reads its weight")
+    assert plan.apply_(model, inputs).macs_after == plan.macs_after == counted(model, inputs)
+
+
+@pytest.mark.parametrize("target", ["macs", "latency"])
+def test_no_layer_is_watched_any_more_when_a_plan_is_made_or_failed(target):
+    def fail(layer, _):
+        if type(vars(layer)["_parameters"]) is not before:
+            raise KeyboardInterrupt
+
+    model, inputs = Looking(lambda *_: None), torch.zeros(4, 32)
+    before = type(vars(model.other)["_parameters"])
+    own = [vars(one)["_parameters"] for one in model.modules()]
+    with contextlib.suppress(ValueError):  # where no rank happens to be faster
+        plan_compression(model, 0.1, target=target, example_inputs=inputs)
+    assert all(vars(one)["_parameters"] is mine for one, mine in zip(model.modules(), own, strict=True))
+    model.look = fail
+    with pytest.raises(KeyboardInterrupt):
+        plan_compression(model, 0.3, target=target, example_inputs=inputs)
+    assert all(vars(one)["_parameters"] is mine for one, mine in zip(model.modules(), own, strict=True))
 
 
 def test_layers_of_a_transformer_are_counted_although_it_would_run_fused():

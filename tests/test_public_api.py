@@ -340,6 +340,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
         "_macs",
         "_latency",
         "_targets",
+        "_weight_reads",
         "_workpiece",
         "_terms",
         "_planner",

@@ -15,7 +15,7 @@ from testbed.sentences import batches_of, embed, load_minilm, sentences
 from testbed.torchvision_import import import_torchvision, suppress_overlaps
 from testbed.zoo import CHECKS, Entry, entries, examine
 from tests.strategies import randn, seeds
-from torchsmooth import svd_compress_
+from torchsmooth import plan_compression, svd_compress_
 
 models = import_torchvision().models
 ZOO = entries()
@@ -53,6 +53,15 @@ def passes(entry):
 @pytest.mark.parametrize("name", [name for name in FAST if name in ZOO])
 def test_a_small_architecture_passes_every_check(name):
     passes(ZOO[name])
+
+
+@pytest.mark.parametrize("name", [name for name in ("transformers/clip", "transformers/t5") if name in ZOO])
+def test_a_budget_of_multiply_accumulates_holds_where_a_model_reads_weights(name):
+    model, (_, inputs) = ZOO[name].build().eval(), ZOO[name].feed(False)
+    plan = plan_compression(model, 0.3, target="macs", example_inputs=inputs)
+    assert any("the model reads its weight at each call" in layer.reason for layer in plan)
+    report = plan.apply_(model, inputs)
+    assert report.macs_after == plan.macs_after <= 0.7 * report.macs_before
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from ._progress import progress
 from ._running import check_not_mapped, observing
 from ._swap import swap_
 from ._timing import median_nanoseconds
+from ._weight_reads import watching_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def measure_times(
     *,
     multiple: int,
     show: bool | None,
-) -> tuple[int, dict[str, TimePrices]]:
+) -> tuple[int, dict[str, TimePrices], set[nn.Module]]:
     """Time a model, and for each layer what it takes dense and at a few ranks of every scheme and form.
 
     Args:
@@ -66,15 +67,18 @@ def measure_times(
         show: whether to show progress; None for where somebody looks.
 
     Returns:
-        Nanoseconds of the model, and the prices of each layer, for all of its calls together. Those of a layer that is
-        never called are zero. Those of all layers add up to no more than the time of the model.
+        Nanoseconds of the model; the prices of each layer, for all of its calls together; and the layers whose weights
+        the model reads. Prices of a layer that is never called are zero. Those of all layers add up to no more than the
+        time of the model.
     """
     known: dict[object, tuple[int, _Times]] = {}
     measured: dict[str, tuple[int, int, _Times]] = {}
     with observing(model):
         device = device_of(model)
         (whole,) = median_nanoseconds([partial(inputs.run, model)], device)
-        calls = observe_calls(model, inputs, {module: name for name, (_, module) in layers.items()})
+        names = {module: name for name, (_, module) in layers.items()}
+        with watching_weights(names) as read:
+            calls = observe_calls(model, inputs, names)
         for name, (layer, module) in progress(layers.items(), "Timing layers", len(layers), show):
             if module not in calls:
                 measured[name] = 0, 0, {}
@@ -98,7 +102,7 @@ def measure_times(
         )
         for name, (count, dense, times) in measured.items()
     }
-    return whole, prices
+    return whole, prices, read
 
 
 def compare_times(

@@ -77,7 +77,7 @@ def _positions(module: nn.Module, given: Tensor, output: Tensor) -> Positions:
     if not isinstance(module, (Convolution, Transposed)):
         rows = output.numel() // output.shape[-1]
         return Positions(rows, rows, rows, rows)
-    axes = module.weight.dim() - 2
+    axes = len(module.kernel_size)
     before, after = given.shape[-axes:], output.shape[-axes:]
     batch = given.numel() // (given.shape[-1 - axes] * math.prod(before))
     inputs, outputs = batch * math.prod(before), batch * math.prod(after)

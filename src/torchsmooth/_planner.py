@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ._budget import uniformly, within_budget, within_error
 from ._fine_ranks import raise_pairs
 from ._ranks import ALONE
-from ._targets import UNPRICED, WORDS
+from ._targets import READ, UNPRICED, WORDS
 from ._terms import SUITED
 from .plan import CompressionPlan
 
@@ -157,14 +157,9 @@ class Planner:
             f"ratio {ratio} cannot be reached: with {smallest} in every layer that can be compressed, {least:,} of "
             f"{total:,} {words.unit} are left"
         )
-        if terms.target == "params":
-            dense = max((one for one in layers if not one.options), key=lambda one: one.parameters_before, default=None)
-            if dense is not None:  # of tied weights each layer counts all, so that a sum could be more than there are
-                text += (
-                    f". The largest of the layers that stay dense is {dense.name or 'the model itself'!r}, with "
-                    f"{dense.parameters_before:,}: {dense.reason}"
-                )
-        elif terms.target == "latency":
+        if terms.target != "latency":
+            text += self._largest_dense(layers)
+        else:
             text = (
                 f"ratio {ratio} cannot be reached: with the fastest choice in every layer, {least / 1e6:.3g} of "
                 f"{total / 1e6:.3g} ms are left"
@@ -175,6 +170,18 @@ class Planner:
                     "there by .to(memory_format=torch.channels_last), if they are not"
                 )
         return f"{text}. The largest ratio that can be reached is {most}."
+
+    def _largest_dense(self, layers: list[LayerPlan]) -> str:
+        """Name what stands most in the way, where that is known; of tied weights each counts all, so no sum is told."""
+        if self.terms.target == "params":
+            dense = [one for one in layers if not one.options]
+        else:  # the others were not seen at work, and cost nothing that is known
+            dense = [one for one in layers if one.reason == READ]
+        if not dense:
+            return ""
+        largest = max(dense, key=lambda one: one.prices.dense)
+        name = repr(largest.name) if largest.name else "the model itself"
+        return f". The largest of the layers that stay dense is {name}, with {largest.prices.dense:,}: {largest.reason}"
 
     def _none_cheaper(self) -> str:
         terms = self.terms

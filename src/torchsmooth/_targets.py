@@ -12,12 +12,14 @@ from ._macs import observe_macs
 from ._prices import MacPrices
 from ._recurrent import FUSED, fused_parts
 from ._running import as_inputs
+from ._weight_reads import watching_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
+    from ._prices import Prices
     from ._running import Inputs
     from .layer_plan import LayerPlan
 
@@ -50,8 +52,9 @@ WORDS: dict[Target, Words] = {
 
 NOT_REACHED = "never called on the example inputs"
 FUSED_PART = f"{FUSED}: low rank makes it smaller, not faster"
-# Of layers that were not seen at work, so that nothing is known of what their ranks cost.
-UNPRICED = (NOT_REACHED, FUSED_PART)
+READ = "the model reads its weight at each call, which a low-rank layer would have to multiply out"
+# Of layers whose ranks are not known by their shapes to cost less: not seen at work, or not at work alone.
+UNPRICED = (NOT_REACHED, FUSED_PART, READ)
 
 
 def needed_inputs(target: Target, example_inputs: Any) -> Inputs | None:
@@ -86,16 +89,23 @@ def price_(
     if target == "params" or inputs is None:
         return parameters
     fused = fused_parts(model)
+    modules = {name: module for name, (_, module) in candidates.items()}
+    prices: Mapping[str, Prices]
     if target == "macs":
-        whole, found = observe_macs(model, inputs, {name: module for name, (_, module) in candidates.items()})
-        for name, (layer, module) in candidates.items():
-            layer.prices = MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
-            if not found[name].outputs:
-                layer.reason = FUSED_PART if module in fused else NOT_REACHED
+        with watching_weights(modules.values()) as read:
+            whole, found = observe_macs(model, inputs, modules)
+        prices = {
+            name: MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
+            for name, (layer, module) in candidates.items()
+        }
+        called = {name for name in modules if found[name].outputs}
     else:
-        whole, times = measure_times(model, inputs, candidates, multiple=multiple, show=show)
-        for name, (layer, module) in candidates.items():
-            layer.prices = times[name]
-            if not layer.prices.dense:
-                layer.reason = FUSED_PART if module in fused else NOT_REACHED
+        whole, times, read = measure_times(model, inputs, candidates, multiple=multiple, show=show)
+        prices, called = times, {name for name in modules if times[name].dense}
+    for name, (layer, module) in candidates.items():
+        layer.prices = prices[name]
+        if name not in called:
+            layer.reason = FUSED_PART if module in fused else NOT_REACHED
+        elif module in read:
+            layer.reason = READ
     return whole
