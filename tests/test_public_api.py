@@ -286,6 +286,7 @@ def test_the_two_halves_share_only_the_algebra_and_the_checks():
     }
     compression_half = {
         "_backup",
+        "_contents",
         "_sharing",
         "_whole",
         "_ranks",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import threading
 import types
-from collections import deque
+import weakref
+from collections import UserDict, UserList, deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -73,6 +77,40 @@ def tied_to(layer):
     return other
 
 
+class Plain:
+    def __init__(self, layer):
+        self.inner = {"layer": layer}
+
+    def run(self, x):
+        return self.inner["layer"](x)
+
+
+@dataclasses.dataclass
+class Record:
+    layer: nn.Module
+
+
+class Slots:
+    __slots__ = ("__private", "empty")
+
+    def __init__(self, layer):
+        self.__private = layer
+
+
+class Grown(Slots):
+    __slots__ = ("more",)
+
+
+class Listed(list):
+    """A list with an attribute."""
+
+
+def listed(layer):
+    empty = Listed()
+    empty.first = layer
+    return empty
+
+
 HOLDERS = {
     "list": lambda layer: [layer],
     "dict": lambda layer: {"a": layer},
@@ -87,6 +125,22 @@ HOLDERS = {
     "hidden_attribute": lambda layer: [SimpleNamespace(a=Hidden(layer))],
     "compiled": lambda layer: [torch.compile(layer, backend="eager")],
     "cycle": cycle_with,
+    "object": Plain,
+    "objects": lambda layer: [Plain(None), Plain(Record([layer]))],
+    "dataclass": Record,
+    "slots": Slots,
+    "inherited_slots": Grown,
+    "list_with_attribute": listed,
+    "bound_method_of_object": lambda layer: Plain(layer).run,
+    "user_dict": lambda layer: UserDict(a=layer),
+    "user_list": lambda layer: UserList([layer]),
+    "mapping_proxy": lambda layer: types.MappingProxyType({"a": layer}),
+    "weak": weakref.ref,
+    "proxy": lambda layer: [weakref.proxy(layer)],
+    "weak_keys": lambda layer: weakref.WeakKeyDictionary({layer: 1}),
+    "weak_values": lambda layer: weakref.WeakValueDictionary({1: layer}),
+    "weak_set": lambda layer: weakref.WeakSet([layer]),
+    "array": lambda layer: np.array([[layer, None]], dtype=object),
     "weight": lambda layer: [layer.weight],
     "hidden_weight": lambda layer: (tied_to(layer),),
     "view": lambda layer: layer.weight.detach()[3:],
@@ -102,9 +156,20 @@ def test_a_layer_held_by_a_plain_attribute_stays_dense(kind):
     assert plan["0.other"].rank is not None
 
 
-def test_a_reference_to_a_parent_is_no_obstacle():
+@pytest.mark.parametrize(
+    "refer", [lambda model: [model], weakref.ref, Record, lambda model: Record(weakref.ref(model))]
+)
+def test_a_reference_to_a_parent_is_no_obstacle(refer):
     model = Holder(lambda layer: None)
-    object.__setattr__(model, "parent", [model])
+    object.__setattr__(model, "parent", refer(model))
+    assert all(layer.rank is not None for layer in plan_compression(model, 0.3))
+
+
+def test_objects_of_other_packages_are_not_looked_into():
+    # A trainer that a model refers to refers to the optimizer, and that to every weight.
+    model = Holder(lambda layer: None)
+    model.optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.thread = threading.Thread(target=print, args=(model.layer,))
     assert all(layer.rank is not None for layer in plan_compression(model, 0.3))
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._sharing import TORCH_ATTRIBUTES
+from ._contents import OTHERS, TORCH_ATTRIBUTES, is_own_object, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
-
-# Layers of torch keep nothing in plain attributes, and wrappers of torch what nobody should meddle with.
-_OTHERS = ("torch", __name__.partition(".")[0])
 
 # Entries of a container: what has more is a table, such as a vocabulary, and would take its time at each run.
 _LARGEST = 10_000
@@ -40,13 +36,14 @@ class KeptState:
         self._buffers = [(one._buffers, dict(one._buffers)) for one in modules if one not in but]
         tensors = {id(one): one for _, buffers in self._buffers for one in buffers.values() if one is not None}
         left_out = {id(one) for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
-        own = [one for one in modules if everywhere or _package(one) not in _OTHERS]
+        # Layers of torch keep nothing in plain attributes, and wrappers of torch what nobody should meddle with.
+        own = [one for one in modules if everywhere or package_of(one) not in OTHERS]
         self._attributes = [(vars(one), _plain(vars(one))) for one in own]
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         seen: dict[int, Any] = {}
         for module, (_, plain) in zip(own, self._attributes, strict=True):
-            for one in _reach(plain.values(), seen, _package(module)):
+            for one in _reach(plain.values(), seen, package_of(module)):
                 if isinstance(one, Tensor):
                     if id(one) not in left_out and not isinstance(one, nn.Parameter):
                         tensors[id(one)] = one
@@ -93,10 +90,6 @@ def _can_be_copied(tensor: Tensor) -> bool:
     return type(tensor.data) is Tensor and not tensor.is_inference() and tensor.layout is torch.strided
 
 
-def _package(value: object) -> str:
-    return type(value).__module__.partition(".")[0]
-
-
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if name not in TORCH_ATTRIBUTES}
 
@@ -121,9 +114,7 @@ def _reach(values: Iterable[Any], seen: dict[int, Any], package: str) -> Iterabl
                 todo.extend(one.values() if isinstance(one, dict) else one)
                 if not isinstance(one, tuple):
                     yield one
-        elif isinstance(one, SimpleNamespace) or (
-            _package(one) == package not in _OTHERS and isinstance(getattr(one, "__dict__", None), dict)
-        ):
+        elif is_own_object(one, package) and isinstance(getattr(one, "__dict__", None), dict):
             seen[id(one)] = one
             todo.append(vars(one))
 

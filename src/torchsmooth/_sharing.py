@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ._contents import TORCH_ATTRIBUTES, behind_proxy, contents, package_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-# What every module keeps: its children, parameters, hooks.
-TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 # How names of plain attributes begin.
 _PLAIN = "the plain attribute "
@@ -24,8 +20,9 @@ class Sharing:
     """All holders of modules and tensors inside one model.
 
     Besides the tree that torch knows (children, parameters, buffers), a module may keep a layer or a tensor in a plain
-    attribute: alone, inside containers or modules outside of the tree, or as the owner of a bound method. Closures and
-    objects of other classes are not looked into.
+    attribute: alone, inside containers, weak references, modules outside of the tree or objects whose classes come from
+    the same package as the module's, or as the owner of a bound method. Nothing else is looked into, such as closures,
+    classes and objects of other packages.
 
     Args:
         model: any module.
@@ -42,7 +39,7 @@ class Sharing:
                 self._add(tensor, f"{prefix}{own_name}")
             for attribute, value in vars(owner).items():
                 if attribute not in TORCH_ATTRIBUTES:
-                    for one in _reach(value, seen, tree):
+                    for one in _reach(value, seen, tree, package_of(owner)):
                         if isinstance(one, nn.Module):
                             self._modules[one] = f"also held by {_PLAIN}{prefix}{attribute}"
                         else:
@@ -100,7 +97,7 @@ def span_of(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), start, start + reach * tensor.element_size()
 
 
-def _reach(value: Any, seen: dict[int, Any], tree: set[nn.Module]) -> Iterator[Any]:
+def _reach(value: Any, seen: dict[int, Any], tree: set[nn.Module], package: str) -> Iterator[Any]:
     """Yield the modules of the tree and the tensors that a plain attribute leads to.
 
     Modules of the tree are not entered: whoever asks them for a child gets the replacement. ``seen`` is shared by all
@@ -108,29 +105,11 @@ def _reach(value: Any, seen: dict[int, Any], tree: set[nn.Module]) -> Iterator[A
     """
     todo = [value]
     while todo:
-        one = todo.pop()
+        one = behind_proxy(todo.pop())
         if isinstance(one, Tensor) or (isinstance(one, nn.Module) and one in tree):
             yield one
         elif id(one) not in seen:
-            inside = _contents(one)
+            inside = contents(one, package)
             if inside is not None:
                 seen[id(one)] = one
                 todo.extend(inside)
-
-
-def _contents(value: Any) -> Iterable[Any] | None:
-    """List what a value holds, if it is of a kind that can be looked into."""
-    if isinstance(value, nn.Module):
-        plain = (one for name, one in vars(value).items() if name not in TORCH_ATTRIBUTES)
-        return (*value._modules.values(), *value._parameters.values(), *value._buffers.values(), *plain)
-    if isinstance(value, dict):
-        return (*value.keys(), *value.values())
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return value
-    if isinstance(value, MethodType):
-        return (value.__self__,)
-    if isinstance(value, functools.partial):
-        return (value.func, *value.args, *value.keywords.values())
-    if isinstance(value, SimpleNamespace):
-        return vars(value).values()
-    return None
