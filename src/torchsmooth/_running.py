@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import describe, with_article
 from ._kept_state import KeptState
 from ._random_state import devices_of, random_states_put_back, seed_all_
+from ._undo import Undo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -93,14 +94,16 @@ def observing(model: nn.Module, changing: Collection[nn.Module] = ()) -> Iterato
         back, which is so if the model has been run and keeps something.
     """
     training = [(module, module.training) for module in model.modules()]
-    with _leaving_as_it_is(model, KeptState(model, changing)) as begin:
-        try:
-            for module, _ in training:
-                module.training = False
-            yield begin
-        finally:
-            for module, mode in training:
-                module.training = mode
+
+    def put_modes_back_() -> None:
+        for module, mode in training:
+            module.training = mode
+
+    with _leaving_as_it_is(model, KeptState(model, changing)) as begin, Undo() as undo:
+        undo.add(put_modes_back_)
+        for module, _ in training:
+            module.training = False
+        yield begin
 
 
 @contextmanager
@@ -119,8 +122,7 @@ def _leaving_as_it_is(model: nn.Module, kept: KeptState) -> Iterator[Callable[[i
         seed_all_(batch, devices)
         return has_changed
 
-    try:
+    with Undo() as undo:
+        undo.add(kept.put_back_)
         with torch.inference_mode(mode=False), torch.no_grad(), random_states_put_back(devices):
             yield begin
-    finally:
-        kept.put_back_()
