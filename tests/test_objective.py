@@ -46,6 +46,16 @@ def test_importances_do_not_depend_on_the_scale(scale):
     assert importances(weights)[2] == 0.0
 
 
+@pytest.mark.parametrize("scale", [1e-100, 1e-170, 1e-300])
+def test_a_layer_of_next_to_no_importance_loses_no_more_than_the_budget_asks(scale):
+    model = mlp(0, (32, 32, 32)).double()
+    model[0].weight.data.mul_(scale)
+    plan = plan_compression(model, 0.2)
+    allowed = 0.8 * plan.parameters_before
+    assert allowed - 2 * 32 < plan.parameters_after <= allowed
+    assert plan["2"].rank is None
+
+
 def test_nothing_but_zeros_has_no_importance():
     assert importances([torch.zeros(2, 2), torch.zeros(3, 3)]) == [0.0, 0.0]
     assert importances([]) == []

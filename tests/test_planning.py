@@ -321,6 +321,10 @@ def test_an_unreachable_ratio_names_the_largest_that_can_be_reached(build):
 def test_an_unreachable_ratio_names_the_largest_layer_that_stays_dense():
     with pytest.raises(ValueError, match="that stay dense is 'embedding', with 640: weight is shared with head.weight"):
         plan_compression(Tied(), 0.9)
+    model = mlp()
+    model.table = nn.Parameter(torch.zeros(80, 80))
+    with pytest.raises(ValueError, match="that stay dense is the model itself, with 6,400: these belong to Sequential"):
+        plan_compression(model, 0.9)
 
 
 @settings(max_examples=10)

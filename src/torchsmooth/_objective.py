@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+# The importance of a weight that is not zero, at least: a product with errors and a quotient by costs must not vanish.
+_LEAST = 2.0**-900
+
 
 def importances(weights: Sequence[Tensor], rows: Sequence[int] | None = None) -> list[float]:
     """Return the importance of each layer: ‖W‖_F², so that the sum is one of *absolute* squared errors.
@@ -36,7 +39,7 @@ def importances(weights: Sequence[Tensor], rows: Sequence[int] | None = None) ->
 def relative_importances(log_norms: Sequence[float]) -> list[float]:
     """Return the same for layers of which :func:`log_norm` is known, and not the weights any more."""
     largest = max(log_norms, default=-math.inf)
-    return [4.0 ** (one - largest) if one > -math.inf else 0.0 for one in log_norms]
+    return [max(4.0 ** (one - largest), _LEAST) if one > -math.inf else 0.0 for one in log_norms]
 
 
 def log_norm(weight: Tensor, rows: int = 1) -> float:
