@@ -169,3 +169,34 @@ def test_an_error_bound_holds_for_pivoted_factors_in_half_precision(seed, bound,
     plan = plan_compression(model, max_error=bound, form=form)
     assert isinstance(plan, CompressionPlan)
     assert 0 < plan.apply_(model)["0"].relative_error <= bound
+
+
+@settings(max_examples=30)
+@given(
+    seeds,
+    st.floats(0.02, 0.98),
+    st.floats(-23.5, -16),
+    st.sampled_from(["channel", "input", "spatial", "tucker"]),
+)
+def test_predicted_errors_cover_what_subnormal_numbers_add_in_either_form(seed, share, size, scheme):
+    model = nn.Sequential(nn.Conv2d(12, 16, 3, dtype=torch.float16))
+    with torch.no_grad():
+        model[0].weight.copy_(randn(16, 12, 3, 3, seed=seed) * 2.0**size)
+    plan = plan_compression(model, 0.01, scheme=scheme)
+    layer = plan["0"]
+    full = 12 if scheme in ("input", "tucker") else 16
+    for form, most in (("factored", 0.5), ("pivoted", 0.6)):
+        layer.choose(scheme, max(1, int(share * most * full)), form)
+        measured = plan.apply_(copy.deepcopy(model))["0"].relative_error
+        assert layer.relative_error / 3 < measured <= layer.relative_error * (1 + 1e-6)
+
+
+@settings(max_examples=20)
+@given(seeds, st.floats(-6, -4), st.sampled_from([0.55, 0.7]))
+def test_an_error_bound_holds_for_weights_next_to_the_subnormal_numbers(seed, power, bound):
+    model = fill_(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), seed)
+    for one in model:
+        one.weight.data.mul_(10**power)
+    model.half()
+    report = svd_compress_(model, max_error=bound)
+    assert all(layer.relative_error <= bound for layer in report.layers)

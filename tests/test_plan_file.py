@@ -78,6 +78,18 @@ def test_every_dtype_and_kind_of_layer_comes_back(dtype):
     assert read.apply_(model).parameters_after == plan.parameters_after
 
 
+def test_what_rounding_adds_to_small_weights_comes_back():
+    model = fill_(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), 0).half()
+    model[0].weight.data.mul_(1e-6)
+    plan = plan_compression(model, 0.2, form="pivoted")
+    read = again(plan)
+    assert read.to_json() == plan.to_json()
+    for one in (plan, read):
+        one["0"].rank = 20
+    assert plan["0"].relative_error > 1.1 * float(plan["0"].options["channel"].errors[20]) ** 0.5
+    assert read["0"].relative_error == pytest.approx(plan["0"].relative_error, rel=1e-5)
+
+
 def test_shared_and_tied_weights_come_back():
     plan = plan_compression(fill_(Tied(), 0), 0.1)
     assert again(plan) == plan

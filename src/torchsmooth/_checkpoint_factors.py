@@ -70,8 +70,9 @@ class Workshop:
         except ValueError as error:
             raise ValueError(f"{self._checkpoint.file_of(layer.key)!r}: {error}") from error
         errors = {scheme: one.errors for scheme, one in options.items()}
-        roundoff = next(iter(options.values())).roundoff
-        return {"errors": errors, "log_norm": log_norm(weight, rows_of(found.module)), "roundoff": roundoff}
+        first = next(iter(options.values()))
+        rounding = {"roundoff": first.roundoff, "spacing": first.spacing}
+        return {"errors": errors, "log_norm": log_norm(weight, rows_of(found.module)), **rounding}
 
     def plans(self, layers: Sequence[CheckpointLayer], known: Mapping[str, Mapping[str, Any]]) -> list[LayerPlan]:
         """Return what can be planned for all layers, given what :meth:`decompose` returned for each, by name."""
@@ -115,7 +116,11 @@ class Workshop:
         if known is not None:
             for scheme, layout in self._layouts(layer).items():
                 errors: Tensor = known["errors"][scheme]
-                options[scheme] = Option(layout, errors, importance * errors, float(known["roundoff"]))
+                rounding = (
+                    float(known["roundoff"]),
+                    float(known.get("spacing", 0.0)),
+                )  # of a draft from before there was
+                options[scheme] = Option(layout, errors, importance * errors, *rounding)
         plan = LayerPlan(layer.name, layer.type, layer.shape, options, layer.reason, forms=self._terms.forms)
         plan.parameters_before = layer.parameters
         plan.prices = ParameterPrices(layer.parameters)

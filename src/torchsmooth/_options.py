@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,6 +12,7 @@ from ._layers import KINDS, weight_of
 from ._linalg import LinAlgError, working_copy
 from ._matricise import Matricisation
 from ._moments import check_moments
+from ._objective import log_norm
 from ._spectrum import Spectrum
 from ._tucker_layout import TuckerLayout
 from ._tucker_spectrum import TuckerSpectrum
@@ -85,15 +87,28 @@ def options_of(
         return [options_of([one], schemes, [factor], keep_bases=keep_bases)[0] for one, factor in each]
     roundoff = torch.finfo(weights[0].dtype).eps / 2
     found: list[dict[LayerScheme, Option]] = []
-    for known, importance in zip(decomposed, importances, strict=True):
+    for weight, known, importance in zip(weights, decomposed, importances, strict=True):
+        spacing = _relative_spacing(weight)
         errors = {name: one.errors() for name, one in known.items()}
         found.append(
             {
-                name: Option(layout, errors[name], importance * errors[name], roundoff, known[name])
+                name: Option(layout, errors[name], importance * errors[name], roundoff, spacing, known[name])
                 for name, layout in layouts.items()
             }
         )
     return found
+
+
+def _relative_spacing(weight: Tensor) -> float:
+    """Return half the distance of subnormal numbers over the root mean square of a weight; 0 where that is nothing."""
+    size, dtype = log_norm(weight), torch.finfo(weight.dtype)
+    if size == -math.inf:
+        return 0.0
+    # By logarithms: subnormal numbers of float64 have no half.
+    spacing: float = 2.0 ** (
+        math.log2(dtype.smallest_normal) + math.log2(dtype.eps / 2) + math.log2(weight.numel()) / 2 - size
+    )
+    return spacing if spacing > dtype.eps / 1000 else 0.0
 
 
 def alike(layers: Mapping[str, FoundLayer], kept: Collection[str], owners: Mapping[str, int]) -> dict[str, list[str]]:

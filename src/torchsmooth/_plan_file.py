@@ -63,6 +63,7 @@ def _layer_content(layer: LayerPlan) -> dict[str, Any]:
         "groups": options[0].matricisation.groups if options else 1,
         **({"transposed": True} if options and getattr(options[0].matricisation, "transposed", False) else {}),
         "roundoff": options[0].roundoff if options else 0.0,
+        **({"spacing": options[0].spacing} if options and options[0].spacing else {}),
         "errors": {scheme: _errors_content(layer, scheme, one) for scheme, one in layer.options.items()},
         "prices": _prices_content(layer.prices),
     }
@@ -151,7 +152,7 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
     shape = tuple(fields.counts("shape", least=0))
     forms: list[Form] = fields.choices("forms", FORMS)
     groups = fields.count("groups", least=1)
-    roundoff = fields.number("roundoff")
+    rounding = fields.number("roundoff"), fields.number("spacing") if "spacing" in fields.content else 0.0
     options: dict[LayerScheme, Option] = {}
     errors = fields.fields("errors")
     known = _layouts(shape, groups, transposed=fields.flag("transposed"))
@@ -161,7 +162,7 @@ def _layer(fields: _Fields, target: str) -> LayerPlan:
         scheme: LayerScheme = next(one for one in known if one == name)
         layout = known[scheme]
         values = _pair_errors(errors, layout) if isinstance(layout, TuckerLayout) else _errors(errors, scheme, layout)
-        options[scheme] = Option(layout, values, values, roundoff)  # losses decide about plans, and this one is made
+        options[scheme] = Option(layout, values, values, *rounding)  # losses decide about plans, and this one is made
     layer = LayerPlan(fields.text("name"), fields.text("type"), shape, options, fields.text("reason"), forms=forms)
     layer.parameters_before = fields.count("parameters_before")
     if options:

@@ -46,6 +46,8 @@ class Option:
             ``(full_in + 1, full_out + 1)``.
         losses: what a plan adds up over the layers, for each rank; of any scale, the same for all layers.
         roundoff: unit roundoff of the weight's dtype: what casting the factors adds.
+        spacing: half the distance between the smallest numbers of that dtype, over the root mean square of the weight:
+            what casting adds to that in the pivoted form, which keeps rows of the size of the weight's.
         spectrum: the decomposition, shared by all plans that were made of it; None if it is not known.
     """
 
@@ -53,12 +55,14 @@ class Option:
     errors: Tensor
     losses: Tensor
     roundoff: float = 0.0
+    spacing: float = 0.0
     spectrum: Decomposition | None = None
 
     def rounded(self, what: Literal["errors", "losses"], form: Form) -> Tensor:
         """Return errors or losses with what casting the factors of a form adds, relative to those of rank zero."""
         values = self.errors if what == "errors" else self.losses
-        squared = self.roundoff**2 * self.matricisation.amplification(form)
+        added = self.roundoff**2 + (self.spacing**2 if form == "pivoted" else 0.0)
+        squared = added * self.matricisation.amplification(form)
         return values + values.flatten()[0] * squared
 
     def at(self, what: Literal["errors", "losses"], form: Form, ranks: Tensor) -> Tensor:
