@@ -29,13 +29,15 @@ IMAGES = randn(1, 3, 8, 8, seed=0, dtype=torch.float32)
 class Clock:
     """Tells how long a call takes by what it calls, and remembers what it was asked."""
 
-    def __init__(self, of_layer, elsewhere=0.0):
-        self.of_layer, self.elsewhere, self.asked = of_layer, elsewhere, []
+    def __init__(self, of_layer, elsewhere=0.0, reading=0.0):
+        self.of_layer, self.elsewhere, self.reading, self.asked = of_layer, elsewhere, reading, []
 
     def layer(self, module):
         return self.of_layer(module) / 1e6
 
     def seconds(self, call, device, repeats):
+        if call.func is getattr:  # the weight of one layer, multiplied out
+            return self.reading * self.layer(call.args[0])
         owner = call.func.__self__
         self.asked.append(owner)
         if isinstance(owner, nn.Module):  # the forward of one layer
@@ -52,8 +54,8 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    def start(of_layer, elsewhere=0.0):
-        made = Clock(of_layer, elsewhere)
+    def start(of_layer, elsewhere=0.0, reading=0.0):
+        made = Clock(of_layer, elsewhere, reading)
         monkeypatch.setattr("torchsmooth._timing.seconds", made.seconds)
         return made
 
@@ -210,10 +212,29 @@ def test_a_layer_that_is_never_reached_stays_dense(clock):
     assert plan["idle"].reason == plan["4"].reason == "never called on the example inputs"
 
 
-def test_a_layer_whose_weight_the_model_reads_stays_dense(clock):
-    clock(stored)
+def asking_mlp():
     model = mlp()
     model.forward = lambda inputs: model[4](model[2](torch.relu(model[0](inputs))).to(model[4].weight.dtype))
+    return model
+
+
+def test_reading_a_weight_costs_what_multiplying_it_out_takes(clock):
+    clock(stored)
+    free = plan_compression(asking_mlp(), 0.1, target="latency", example_inputs=INPUTS)
+    clock(stored, reading=0.5)
+    dear = plan_compression(asking_mlp(), 0.1, target="latency", example_inputs=INPUTS)
+    for layer, other in zip(free, dear, strict=True):
+        assert layer.prices.dense == other.prices.dense
+        for key, times in layer.prices.times.items():
+            factor = 1.5 if layer.name == "4" else 1.0
+            assert list(other.prices.times[key].values()) == pytest.approx(
+                [factor * one for one in times.values()], rel=1e-3
+            )
+
+
+def test_a_layer_whose_weight_the_model_reads_stays_dense_where_no_rank_pays_for_it(clock):
+    clock(stored, reading=1e3)
+    model = asking_mlp()
     plan = plan_compression(model, 0.1, target="latency", example_inputs=INPUTS)
     assert plan["4"].reason.startswith("the model reads its weight at each call")
     assert plan["0"].reason == plan["2"].reason == ""

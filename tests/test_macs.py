@@ -137,18 +137,36 @@ class Asking(nn.Module):
         return self.second(self.first(x).relu().to(self.second.weight.dtype))
 
 
-def test_a_layer_whose_weight_the_model_reads_stays_dense():
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+@pytest.mark.parametrize("scheme", ["channel", "input", "spatial", "tucker"])
+def test_a_read_of_a_weight_costs_what_it_takes_to_multiply_it_out(scheme, form):
     model = Asking()
-    before = counted(model, IMAGES)
-    plan = plan_compression(model, 0.1, target="macs", example_inputs=IMAGES)
+    plan = plan_compression(model, 0.1, target="macs", example_inputs=IMAGES, scheme=scheme, form=form, rank_multiple=1)
+    plan["patches"].rank = (2, 5) if scheme == "tucker" else 2
+    plan["second"].rank = 3
+    report = plan.apply_(model, IMAGES)
+    assert plan.macs_after == report.macs_after == counted(model, IMAGES)
+
+
+def test_a_layer_whose_weight_the_model_reads_is_low_rank_where_that_pays():
+    model = Asking()
+    report = svd_compress_(model, 0.5, target="macs", example_inputs=IMAGES)
+    assert report["second"].rank
+    assert report.macs_after == counted(model, IMAGES) <= 0.5 * report.macs_before
+
+
+def test_a_layer_whose_weight_the_model_reads_stays_dense_where_no_rank_pays_for_it():
+    model, images = Asking(), IMAGES[:1, :, :4, :4]
+    before = counted(model, images)
+    plan = plan_compression(model, 0.1, target="macs", example_inputs=images)
     read = "the model reads its weight at each call, which a low-rank layer would have to multiply out"
     assert plan["patches"].reason == plan["second"].reason == read
-    report = plan.apply_(model, IMAGES)
+    report = plan.apply_(model, images)
     assert (report["first"].rank, report["second"].reason) == (plan["first"].rank, read)
-    assert plan.macs_after == report.macs_after == counted(model, IMAGES) <= 0.9 * before
+    assert plan.macs_after == report.macs_after == counted(model, images) <= 0.9 * before
     assert all(layer.rank is not None for layer in plan_compression(Asking(), 0.5))
-    with pytest.raises(ValueError, match=f"The largest of the layers that stay dense is 'second', with 65,536: {read}"):
-        plan_compression(Asking(), 0.9, target="macs", example_inputs=IMAGES)
+    with pytest.raises(ValueError, match=f"The largest of the layers that stay dense is 'second', with 2,048: {read}"):
+        plan_compression(Asking(), 0.9, target="macs", example_inputs=images)
 
 
 class Looking(nn.Module):

@@ -56,7 +56,7 @@ def measure_times(
     *,
     multiple: int,
     show: bool | None,
-) -> tuple[int, dict[str, TimePrices], set[nn.Module]]:
+) -> tuple[int, dict[str, TimePrices], Mapping[nn.Module, int]]:
     """Time a model, and for each layer what it takes dense and at a few ranks of every scheme and form.
 
     Args:
@@ -67,9 +67,9 @@ def measure_times(
         show: whether to show progress; None for where somebody looks.
 
     Returns:
-        Nanoseconds of the model; the prices of each layer, for all of its calls together; and the layers whose weights
-        the model reads. Prices of a layer that is never called are zero. Those of all layers add up to no more than the
-        time of the model.
+        Nanoseconds of the model; the prices of each layer, for all of its calls together; and how often the model reads
+        the weights of layers, which is part of the prices. Those of a layer that is never called are zero. Those of all
+        layers add up to no more than the time of the model.
     """
     known: dict[object, tuple[int, _Times]] = {}
     measured: dict[str, tuple[int, int, _Times]] = {}
@@ -77,17 +77,18 @@ def measure_times(
         device = device_of(model)
         (whole,) = median_nanoseconds([partial(inputs.run, model)], device)
         names = {module: name for name, (_, module) in layers.items()}
-        with watching_weights(names) as read:
-            calls = observe_calls(model, inputs, names)
+        with watching_weights(names) as reads:
+            calls = observe_calls(model, inputs, names, before_another=reads.clear)
         for name, (layer, module) in progress(layers.items(), "Timing layers", len(layers), show):
             if module not in calls:
                 measured[name] = 0, 0, {}
                 continue
             called = calls[module]
-            key = _alike(module, called.args), called.autocast
+            reads_of_call = reads[module] / called.times
+            key = _alike(module, called.args), called.autocast, reads_of_call
             if key not in known:
                 with called.alike():
-                    known[key] = _measure(layer, module, called.args, multiple)
+                    known[key] = _measure(layer, module, called.args, multiple, reads_of_call)
             measured[name] = called.times, *known[key]
     together = sum(count * dense for count, dense, _ in measured.values())
     share = min(1.0, whole / together) if together else 1.0  # timed alone, layers may take longer than in the model
@@ -102,7 +103,7 @@ def measure_times(
         )
         for name, (count, dense, times) in measured.items()
     }
-    return whole, prices, read
+    return whole, prices, reads
 
 
 def compare_times(
@@ -146,8 +147,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next((one.device for one in model.parameters()), torch.device("cpu"))
 
 
-def observe_calls(model: nn.Module, inputs: Inputs, names: Mapping[Any, str]) -> dict[nn.Module, Calls]:
-    """Run a model, and note what some of its modules, known by these names, were called with."""
+def observe_calls(
+    model: nn.Module, inputs: Inputs, names: Mapping[Any, str], before_another: Callable[[], object] | None = None
+) -> dict[nn.Module, Calls]:
+    """Run a model, and note what some of its modules, known by these names, were called with.
+
+    Where it has to be run a second time, ``before_another`` is called first.
+    """
     found: dict[nn.Module, Calls] = {}
     by_keyword: set[nn.Module] = set()
 
@@ -178,6 +184,8 @@ def observe_calls(model: nn.Module, inputs: Inputs, names: Mapping[Any, str]) ->
                 )
                 stack.callback(hook.remove)
                 found.pop(module, None)
+            if before_another is not None:
+                before_another()
             inputs.run(model)
     return found
 
@@ -199,8 +207,10 @@ def _alike(module: nn.Module, args: tuple[Any, ...]) -> object:
     return type(module), module.extra_repr(), layout_of(args), weight.dtype, weight.stride(), weight.device
 
 
-def _measure(layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multiple: int) -> tuple[int, _Times]:
-    """Time one call of a layer, and of what could take its place."""
+def _measure(
+    layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multiple: int, reads: float
+) -> tuple[int, _Times]:
+    """Time one call of a layer, and of what could take its place; with what the model reads of its weight beside."""
     candidates = {
         (scheme, form, rank): _candidate(module, scheme, form, rank)
         for form in layer.forms
@@ -209,7 +219,11 @@ def _measure(layer: LayerPlan, module: nn.Module, args: tuple[Any, ...], multipl
     }
     # forward, not the call: hooks are the user's, and the same before and after.
     calls = [partial(one.forward, *args) for one in (module, *candidates.values())]
-    dense, *rest = median_nanoseconds(calls, weight_of(module).device)
+    device = weight_of(module).device
+    dense, *rest = median_nanoseconds(calls, device)
+    if reads and candidates:
+        multiplied_out = median_nanoseconds([partial(getattr, one, "weight") for one in candidates.values()], device)
+        rest = [time + round(reads * more) for time, more in zip(rest, multiplied_out, strict=True)]
     times: _Times = {}
     for (scheme, form, rank), time in zip(candidates, rest, strict=True):
         times.setdefault((scheme, form), {})[rank] = time

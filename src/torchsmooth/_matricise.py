@@ -154,6 +154,10 @@ class Matricisation:
         rows = self.rows - ranks if child == "merge" else self.rows
         return self.groups * ranks * columns, self.groups * ranks * rows
 
+    def product(self, ranks: Tensor) -> Tensor:
+        """Multiply-accumulates of multiplying the factors out, in either form."""
+        return self.groups * ranks * (self.rows * self.columns)
+
     def amplification(self, form: Form) -> Tensor:
         """What the form multiplies the squared error of rounding with, for every rank.
 

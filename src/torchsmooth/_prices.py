@@ -86,11 +86,13 @@ class MacPrices:
         positions: what the layer was seen to compute, all calls together.
         entries: entries of the weight.
         work: at which positions the layer uses each of them.
+        reads: how often the model asks for the weight itself: factors are multiplied out each time.
     """
 
     positions: Positions
     entries: int
     work: Work = "outputs"
+    reads: int = 0
 
     @property
     def dense(self) -> int:
@@ -110,11 +112,12 @@ class MacPrices:
     def _costs(self, layout: Layout, form: Form, ranks: Tensor) -> Tensor:
         down, up = layout.work(ranks, form)
         inputs, outputs = self.positions.inputs, self.positions.outputs
+        multiplied_out = self.reads * layout.product(ranks)
         if self.work == "lookups":
-            return outputs * up
+            return multiplied_out + outputs * up
         if self.work == "inputs":  # the kernel goes with one of the two, which makes the output larger
-            return inputs * down + (outputs if layout.down_axes else inputs) * up
-        return self.positions.of_down(layout) * down + outputs * up
+            return multiplied_out + inputs * down + (outputs if layout.down_axes else inputs) * up
+        return multiplied_out + self.positions.of_down(layout) * down + outputs * up
 
 
 @dataclass(frozen=True)

@@ -91,21 +91,31 @@ def price_(
     fused = fused_parts(model)
     modules = {name: module for name, (_, module) in candidates.items()}
     prices: Mapping[str, Prices]
+    reads: Mapping[nn.Module, int]
     if target == "macs":
-        with watching_weights(modules.values()) as read:
+        with watching_weights(modules.values()) as counted:
             whole, found = observe_macs(model, inputs, modules)
         prices = {
-            name: MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work)
+            name: MacPrices(found[name], math.prod(layer.shape), KINDS[type(module)].work, counted[module])
             for name, (layer, module) in candidates.items()
         }
-        called = {name for name in modules if found[name].outputs}
+        called, reads = {name for name in modules if found[name].outputs}, counted
     else:
-        whole, times, read = measure_times(model, inputs, candidates, multiple=multiple, show=show)
+        whole, times, reads = measure_times(model, inputs, candidates, multiple=multiple, show=show)
         prices, called = times, {name for name in modules if times[name].dense}
     for name, (layer, module) in candidates.items():
         layer.prices = prices[name]
         if name not in called:
             layer.reason = FUSED_PART if module in fused else NOT_REACHED
-        elif module in read:
+        elif module in reads and not _can_be_cheaper(layer, multiple):
             layer.reason = READ
     return whole
+
+
+def _can_be_cheaper(layer: LayerPlan, multiple: int) -> bool:
+    tables = (
+        layer.prices.table(scheme, option.matricisation, form, multiple)[1]
+        for scheme, option in layer.options.items()
+        for form in layer.forms
+    )
+    return any(bool((costs < layer.prices.dense).any()) for costs in tables)

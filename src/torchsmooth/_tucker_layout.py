@@ -60,6 +60,9 @@ class Layout(Protocol):
     def work(self, ranks: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         """Multiply-accumulates for each position that ``down`` computes, and for each position of the output."""
 
+    def product(self, ranks: Tensor) -> Tensor:
+        """Multiply-accumulates of multiplying the factors out, in either form."""
+
     def amplification(self, form: Form) -> Tensor:
         """What the form multiplies the squared error of rounding with, for every rank."""
 
@@ -131,6 +134,12 @@ class TuckerLayout:
         inputs = self.in_channels - (r_in if form == "pivoted" else 0)
         outputs = self.out_channels - (r_out if form == "pivoted" else 0)
         return self.groups * r_in * inputs, self.groups * r_out * (self.positions * r_in + outputs)
+
+    def product(self, ranks: Tensor) -> Tensor:
+        """Multiply-accumulates of multiplying the factors out in either form, in the order of ``tucker_product``."""
+        r_in, r_out = _sides(ranks)
+        costs: Tensor = self.groups * r_out * self.in_channels * self.positions * (r_in + self.out_channels)
+        return costs
 
     def ranks(self, form: Form, multiple: int = 1) -> Tensor:
         """The pairs to choose from, ``(n, 2)`` int64: at most 64 ranks on each side, all multiples of a number.
