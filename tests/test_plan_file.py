@@ -17,6 +17,7 @@ from torch import nn
 from tests.networks import Tied, mlp, same, small_resnet, snapshot
 from tests.strategies import fill_, seeds
 from torchsmooth import CompressionPlan, plan_compression, sweep
+from torchsmooth._checks import describe
 
 INPUTS = torch.zeros(2, 24)
 
@@ -143,6 +144,23 @@ def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
         CompressionPlan.load(tmp_path / "nothing.json")
     with pytest.raises(FileNotFoundError):
         plan_compression(mlp(), 0.5).save(tmp_path / "no" / "folder.json")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"plan.json"])
+def test_what_is_no_path_is_refused_by_that_name(path):
+    with pytest.raises(TypeError, match=f"path must be a path, got {re.escape(describe(path))}"):
+        CompressionPlan.load(path)
+    with pytest.raises(TypeError, match=f"path must be a path, got {re.escape(describe(path))}"):
+        plan_compression(mlp(), 0.5).save(path)
+
+
+def test_a_folder_is_no_file_for_a_plan(tmp_path):
+    message = rf"^{re.escape(repr(str(tmp_path)))} is a folder: name the file in it\.$"
+    with pytest.raises(IsADirectoryError, match=message):
+        CompressionPlan.load(tmp_path)
+    with pytest.raises(IsADirectoryError, match=message):
+        plan_compression(mlp(), 0.5).save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_name_the_file(tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,20 +21,51 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         path: where to; on any error, what is there stays as it is.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; it names the file, also where whoever writes hides it in an error of its own.
     """
     target = Path(path)
-    if not target.absolute().parent.is_dir():  # or the error would name the draft
+    if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} does not exist: make it first.")
+    if target.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name the file in it.")
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    problems: list[tuple[Any, ...]] = []
     try:
-        with draft.open("xb") as file:
+        with _noting(problems):
+            raw = _Draft(draft, problems)
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except BaseException:
+            with _noting(problems):
+                os.fsync(file.fileno())
+        with _noting(problems):
+            draft.replace(target)
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if problems and isinstance(error, Exception):
+            raise OSError(*problems[0], os.fspath(path)) from error
+        raise
+
+
+class _Draft(io.FileIO):
+    """A new file that notes why it could not be written: ``torch.save`` says no more than that it could not."""
+
+    def __init__(self, path: Path, problems: list[tuple[Any, ...]]) -> None:
+        super().__init__(path, "xb")
+        self._problems = problems
+
+    def write(self, data: Any) -> int:
+        with _noting(self._problems):
+            return super().write(data)
+
+
+@contextmanager
+def _noting(problems: list[tuple[Any, ...]]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            problems.append((error.errno, error.strerror))  # not the error: its traceback holds whoever writes
         raise
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Mapping
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
@@ -104,6 +106,13 @@ def check_count(value: object, name: str, most: int | None, why: str) -> int:
     if most is not None and not 1 <= count <= most:
         raise ValueError(f"{name} must lie between 1 and {most} ({why}), got {count}.")
     return count
+
+
+def checked_path(path: object, name: str) -> Path:
+    """Refuse what is not a path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {describe(path)}.")
+    return Path(os.fsdecode(path))
 
 
 def check_module(value: object, name: str = "model") -> nn.Module:

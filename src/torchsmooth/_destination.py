@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._atomic_file import settle, write_text
-from ._tensor_source import INDEX, checked_path, is_plain
+from ._checks import checked_path
+from ._tensor_source import INDEX, is_plain
 
 if TYPE_CHECKING:
     from ._tensor_entry import Changes

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 
 from ._budget import Frontier
-from ._checks import describe
+from ._checks import checked_path, describe
 from ._matricise import FORMS, distinct_schemes, matricise
 from ._prices import MacPrices, ParameterPrices, Positions, TimePrices, Work
 from ._targets import TARGETS
@@ -105,8 +104,11 @@ def _prices_content(prices: Prices) -> dict[str, Any] | None:
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the fields of a plan from a file."""
+    file = checked_path(path, "path")
+    if file.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name the file in it.")
     try:
-        return from_text(Path(path).read_text(encoding="utf-8"))
+        return from_text(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 

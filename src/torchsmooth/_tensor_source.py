@@ -7,18 +7,19 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._checks import describe, quoted
+from ._checks import checked_path, quoted
 from ._pickle_file import PickleFile
 from ._safetensors_file import SafetensorsFile
 from ._sharing import names_of_modules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -143,13 +144,6 @@ class Checkpoint:
                     f"{name!r} beside index {index!r} holds {extra[0]!r}, which is {where}{_more(extra)}: are all "
                     "files of the same version?"
                 )
-
-
-def checked_path(path: object, name: str) -> Path:
-    """Refuse what is not a path."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path, got {describe(path)}.")
-    return Path(os.fsdecode(path))
 
 
 def _resolved(path: Path) -> Path:

@@ -12,7 +12,7 @@ from . import _plan_file
 from ._apply import Replacements, placed_, replacements_for
 from ._atomic_file import write_text
 from ._calibration import Calibration
-from ._checks import check_module, describe, quoted
+from ._checks import check_module, checked_path, describe, quoted
 from ._expansion import expanded_
 from ._latency import compare_times
 from ._layers import count_parameters, shape_of
@@ -201,9 +201,10 @@ class CompressionPlan:
             path: where to.
 
         Raises:
+            TypeError: if ``path`` is no path.
             OSError: if it cannot be written.
         """
-        write_text(path, self.to_json())
+        write_text(checked_path(path, "path"), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressionPlan:
@@ -216,6 +217,7 @@ class CompressionPlan:
             A plan equal to the one saved.
 
         Raises:
+            TypeError: if ``path`` is no path.
             OSError: if it cannot be read.
             ValueError: as :meth:`from_json`; the message names the file.
 
