@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import warnings
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.checkpoints import names, save
+from tests.checkpoints import load, names, same, save
 from tests.networks import mlp
 from tests.strategies import fill_
 from torchsmooth import compress_checkpoint, load_compressed_
@@ -303,6 +304,36 @@ def test_a_destination_that_makes_no_sense_is_refused_before_any_work(tmp_path, 
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "part-1.safetensors"])
+def test_a_folder_that_the_source_links_into_is_refused(tmp_path, name):
+    source = save(mlp().state_dict(), tmp_path, "sharded")
+    links = tmp_path / "links"
+    links.mkdir()
+    for one in source.parent.iterdir():
+        if one.name == name:
+            (links / one.name).symlink_to(one)
+        else:
+            shutil.copy(one, links)
+    before = {one.name: one.read_bytes() for one in source.parent.iterdir()}
+    with pytest.raises(ValueError, match=f"is where {name!r} of the source links to, which would be lost"):
+        compress_checkpoint(links, source.parent, 0.5)
+    assert {one.name: one.read_bytes() for one in source.parent.iterdir()} == before
+
+
+def test_a_link_over_which_the_source_is_found_is_not_removed_with_the_files_of_an_earlier_index(tmp_path):
+    source = save(mlp().state_dict(), tmp_path, "sharded")
+    (tmp_path / "links").mkdir()
+    shutil.copytree(source.parent, tmp_path / "small")
+    for one in source.parent.glob("part-*"):
+        (tmp_path / "small" / one.name).unlink()
+        (tmp_path / "small" / one.name).symlink_to(one)
+        (tmp_path / "links" / one.name).symlink_to(tmp_path / "small" / one.name)
+    shutil.copy(source, tmp_path / "links")
+    compress_checkpoint(tmp_path / "links", tmp_path / "small", 0.5)
+    assert same(load(tmp_path / "links"), mlp().state_dict())
+    assert load_compressed_(mlp(1), tmp_path / "small")
+
+
 def test_a_destination_must_be_a_path(tmp_path):
     source = save(mlp().state_dict(), tmp_path, "pickle")
     with pytest.raises(TypeError, match="destination must be a path, got None"):
@@ -398,8 +429,9 @@ def test_a_source_that_shrinks_meanwhile_is_noticed(tmp_path):
         source.write_bytes(source.read_bytes()[:-40])
         return True
 
-    with pytest.raises(ValueError, match="ended early: it has become shorter since it was opened"):
+    with pytest.raises(ValueError, match="changed while the checkpoint was read") as caught:
         compress_checkpoint(source, tmp_path / "small.safetensors", 0.5, filter_fn=cut)
+    assert "ended early: it has become shorter since it was opened" in str(caught.value.__cause__)
     assert not (tmp_path / "small.safetensors").exists()
 
 

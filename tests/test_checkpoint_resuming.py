@@ -171,6 +171,43 @@ def test_a_source_that_has_changed_is_begun_anew(tmp_path, monkeypatch):
     assert same(load(target), model.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "sharded", "pickle", "pickle mapped anew"])
+@pytest.mark.parametrize("step", [(Workshop, "decompose"), (Workshop, "factor"), (WorkFolder, "write_files")])
+@pytest.mark.parametrize("sizes", [SIZES, (24, 8)])
+def test_a_source_that_changes_meanwhile_is_refused_and_not_mixed(tmp_path, monkeypatch, kind, step, sizes):
+    kind, _, anew = kind.partition(" ")
+    if anew:
+        monkeypatch.setattr("torchsmooth._pickle_file._MAPPED", 0)
+    source, target = save(mlp(sizes=SIZES).state_dict(), tmp_path, kind), out(tmp_path, kind)
+    compress_checkpoint(source, target, 0.3)
+    before = load(target)
+    (tmp_path / "new").mkdir()
+    other = save(mlp(1, sizes=sizes).state_dict(), tmp_path / "new", kind)
+    (owner, name), calls = step, []
+
+    def changed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            for one in other.parent.iterdir():
+                os.utime(one, ns=(0, 10**18))
+                one.replace(source.parent / one.name)
+        return original(*args, **kwargs)
+
+    original = getattr(owner, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, changed)
+        with pytest.raises(
+            ValueError, match="changed while the checkpoint was read: call this again when nobody writes"
+        ):
+            compress_checkpoint(source, target, 0.5)
+    assert same(load(target), before)
+    assert not list(tmp_path.rglob(".*"))
+    compress_checkpoint(source, target, 0.5)
+    model = mlp(1, sizes=sizes)
+    svd_compress_(model, 0.5)
+    assert same(load(target), model.state_dict())
+
+
 def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     source, target = save(mlp(sizes=SIZES).state_dict(), tmp_path, "safetensors"), out(tmp_path, "safetensors")
     synced, renamed, sync, replace = [], [], os.fsync, os.replace

@@ -62,9 +62,14 @@ class Destination:
                 )
         if not place.absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder of destination {shown} does not exist: make it first.")
-        sources = [file.path for file in checkpoint.files.values()]
-        if any(_same(place, one.parent if index else one) for one in sources):
-            raise ValueError(f"destination {shown} is the source itself: it would be lost; choose another name.")
+        for one in (checkpoint.path, *(file.path for file in checkpoint.files.values())):
+            if _same(place, one.parent if index else one):
+                raise ValueError(f"destination {shown} is the source itself: it would be lost; choose another name.")
+            if index and _same(place, one.resolve().parent):
+                raise ValueError(
+                    f"destination {shown} is where {one.name!r} of the source links to, which would be lost; choose "
+                    "another name."
+                )
         return cls(place.absolute(), index)
 
     @property
@@ -105,8 +110,10 @@ class Destination:
         settle(self.path)
         write_text(self.path / self.index, text)
         settle(self.path)
+        sources = [file.path for file in checkpoint.files.values()]
         for name in earlier - set(names.values()):
-            (self.path / name).unlink(missing_ok=True)
+            if not any(_same(self.path / name, one) for one in sources):  # one of them may lead there over links
+                (self.path / name).unlink(missing_ok=True)
 
     def _free_names(self, work: WorkFolder, checkpoint: Checkpoint) -> dict[str, str]:
         """Choose names for the files: their own, but where files of these names are in use."""

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ._safetensors_file import SafetensorsFile
 from ._sharing import names_of_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -54,7 +55,9 @@ class Checkpoint:
             names = list(dict.fromkeys(self.index["weight_map"].values()))
         else:
             names = [self.path.name]
-        self.files = {name: _open(self.path.with_name(name)) for name in names}
+        paths = {name: self.path.with_name(name) for name in names}
+        self._states = {name: _state_of(path) for name, path in paths.items()}  # before anything in them is read
+        self.files = {name: _open(path) for name, path in paths.items()}
         self._places = {key: name for name, file in self.files.items() for key in file.entries}
         if self.index is not None:
             self._check_index(self.index["weight_map"])
@@ -121,11 +124,27 @@ class Checkpoint:
         """Return what tells this checkpoint from another one or an earlier state of it, ready for JSON."""
         found = []
         for name, file in self.files.items():
-            status = file.path.stat()
             listed = repr([(key, one.shape, str(one.dtype)) for key, one in file.entries.items()])
             digest = hashlib.sha256(listed.encode("utf-8")).hexdigest()
-            found.append([os.fspath(file.path.resolve()), name, status.st_size, status.st_mtime_ns, digest])
+            found.append([os.fspath(file.path.resolve()), name, *self._states[name], digest])
         return found
+
+    def changed(self) -> list[str]:
+        """Return the paths of files that are others, of another size or time, than when they were opened."""
+        return [os.fspath(file.path) for name, file in self.files.items() if _state_of(file.path) != self._states[name]]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raise a ValueError if a file changes within, also in the place of what else that leads to."""
+        text = "{} changed while the checkpoint was read: call this again when nobody writes there any more."
+        try:
+            yield
+        except Exception as error:
+            if changed := self.changed():
+                raise ValueError(text.format(quoted(changed))) from error
+            raise
+        if changed := self.changed():
+            raise ValueError(text.format(quoted(changed)))
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         index = str(self.path)
@@ -166,6 +185,15 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
     if not path.exists():
         raise FileNotFoundError(f"{os.fspath(path)!r} does not exist.")
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """Return the size and the time of a file; those of none if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _read_index(path: Path) -> dict[str, Any]:

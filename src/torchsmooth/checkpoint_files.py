@@ -100,8 +100,8 @@ def compress_checkpoint(
     Raises:
         TypeError: if an argument is of a wrong type.
         ValueError: as :func:`torchsmooth.svd_compress_`; if a file is broken, holds something that would have to be
-            executed, or no state dict; if ``model`` has other tensors; or the destination is of another kind, or the
-            source itself.
+            executed, or no state dict; if ``model`` has other tensors; if the destination is of another kind, or the
+            source itself; or if the source changes meanwhile. The destination is as it was then.
         OSError: if a file cannot be read or written.
         ImportError: if the package safetensors is needed and missing.
 
@@ -153,12 +153,16 @@ def compressed(
     work = WorkFolder(place.work_folder, checkpoint.identity(), asked)
 
     try:
-        plan, made = _made(work, workshop, found, terms, goal, subject)
-        changes = _changes(work, [one for one in found.layers if one.name in made], made, plan.asked)
-        work.write_files(checkpoint, changes, partial(shown, description="Writing files", enabled=terms.show))
+        with checkpoint.unchanged():
+            plan, made = _made(work, workshop, found, terms, goal, subject)
+            changes = _changes(work, [one for one in found.layers if one.name in made], made, plan.asked)
+            work.write_files(checkpoint, changes, partial(shown, description="Writing files", enabled=terms.show))
         place.commit(work, checkpoint, changes, plan.parameters_after)
     except BaseException:  # also an interruption from the keyboard
-        work.tidy()
+        if checkpoint.changed():
+            work.remove()  # what was kept may be of either state
+        else:
+            work.tidy()
         raise
     work.remove()
     return _report(plan, made)
