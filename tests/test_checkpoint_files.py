@@ -490,6 +490,55 @@ def test_factors_of_a_file_that_was_compressed_stay_as_they_are(tmp_path):
         compress_checkpoint(tmp_path / "small.pt", tmp_path / "none.pt", 0.1, model=build())
 
 
+def factored_file(folder, kind):
+    """A file of two factored layers and a dense one, which this library wrote."""
+    model = fill_(nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.Linear(48, 40)), 0)
+    source = save(model.state_dict(), folder, kind, "dense")
+    keep = lambda name, _: name != "3"  # noqa: E731
+    compress_checkpoint(source, out(folder, kind), 0.3, form="factored", filter_fn=keep)
+    return out(folder, kind), model
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sharded"])
+def test_a_file_that_says_it_was_compressed_keeps_its_factors(tmp_path, kind):
+    path, model = factored_file(tmp_path, kind)
+    report = compress_checkpoint(path, out(tmp_path, kind, "smaller"), 0.05)
+    assert [one.name for one in report.compressed] == ["3"]
+    assert report["2.up"].reason == "a factor of '2', which is low-rank already (compress the dense checkpoint)"
+    again = load_compressed_(copy.deepcopy(model), out(tmp_path, kind, "smaller"))
+    assert torch.equal(again[0].up.weight, load(path)["0.up.weight"])
+    with pytest.raises(ValueError, match=r"nothing to compress in this checkpoint: .*compress the dense checkpoint"):
+        compress_checkpoint(out(tmp_path, kind, "smaller"), out(tmp_path, kind, "none"), 0.05)
+
+
+def test_what_may_be_factors_in_a_file_that_does_not_say_is_noted(tmp_path):
+    path, _ = factored_file(tmp_path, "pickle")
+    report = compress_checkpoint(path, tmp_path / "smaller.pt", max_error=0.9)
+    notes = {one.name: one.note for one in report.compressed}
+    assert notes.keys() == {"0.down", "0.up", "2.down", "2.up", "3"}
+    text = "a factor of '0', if this file was compressed before: nothing loads this then, use the dense file"
+    assert notes["0.down"] == notes["0.up"] == text
+    assert text in str(report)
+    assert notes["3"] == ""
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"a.down.weight": (8, 40), "a.up.weight": (40, 8), "a.weight": (40, 40)},
+        {"a.down.weight": (8, 40), "a.up.weight": (40, 9)},
+        {"a.down.weight": (40, 24), "a.up.weight": (24, 40)},
+        {"a.down.weight": (8, 40), "b.up.weight": (40, 8)},
+        {"a.down.weight": (8, 40, 1), "a.up.weight": (40, 8)},
+    ],
+)
+def test_layers_that_cannot_be_factors_get_no_note(tmp_path, shapes):
+    torch.save({key: randn(*shape, seed=1) for key, shape in shapes.items()}, tmp_path / "dense.pt")
+    report = compress_checkpoint(tmp_path / "dense.pt", tmp_path / "small.pt", max_error=0.9)
+    assert report.compressed
+    assert not any(one.note for one in report.layers)
+
+
 def test_layers_that_are_called_up_and_down_are_layers(tmp_path):
     model = fill_(nn.ModuleDict({"up": nn.Linear(24, 96), "down": nn.Linear(96, 24)}), 0)
     torch.save({f"mlp.{key}": value for key, value in model.state_dict().items()}, tmp_path / "dense.pt")

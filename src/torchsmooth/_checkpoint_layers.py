@@ -53,6 +53,7 @@ class CheckpointLayer:
         dense: a layer like it, on any device, whatever its values; None if it stays dense.
         bias_key: of its bias, where there is one.
         aliases: other names of the same layer in the checkpoint.
+        note: what else there is to say of it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class CheckpointLayer:
     dense: nn.Module | None = None
     bias_key: str | None = None
     aliases: tuple[str, ...] = ()
+    note: str = ""
 
     def holding(self, weight: Tensor) -> Any:
         """Return a layer like it with a weight, and without a bias, which factors do not depend on."""
@@ -113,6 +115,7 @@ def layers_by_name(checkpoint: Checkpoint) -> FoundLayers:
             dense = cls(*sizes, bias=False, device="meta", dtype=entry.dtype)
             bias_key = f"{name}.bias"
             layer = replace(layer, dense=dense, bias_key=bias_key if bias_key in entries else None)
+            layer = replace(layer, note=names.doubt(key))
         layers.append(layer)
     sizes_once = {one.span or key: math.prod(one.shape) for key, one in parameters.items()}
     return FoundLayers(layers, sum(sizes_once.values()))
@@ -126,9 +129,9 @@ class _Names:
         self._under: dict[str, list[str]] = {}
         self._storages: dict[int, list[str]] = {}
         self._lookups: list[str] = []
-        # Where a pivoted layer shows that a file was compressed, pairs of this name are the factors of others, too.
+        # Where a file says that it was compressed, or a pivoted layer shows it, all pairs of these names are factors.
         pivoted = any(key.endswith((".merge.order", ".split.order", ".up.order")) for key in self._entries)
-        self._factors = set(self._entries) if pivoted else set()
+        self._compressed = pivoted or checkpoint.compressed
         self._transposed = ""  # a layer that is seen to be stored as (in, out)
         for key, entry in self._entries.items():
             for dot in (place for place, letter in enumerate(key) if letter == "."):
@@ -143,9 +146,23 @@ class _Names:
 
     def factor(self, key: str) -> str:
         """Say of which low-rank layer a weight is a factor; empty if it is none, as far as can be told."""
+        whole = self._of_pair(key) if self._compressed else ""
+        return f"a factor of {whole!r}, which is low-rank already (compress the dense checkpoint)" if whole else ""
+
+    def doubt(self, key: str) -> str:
+        """Say of which layer a weight may be a factor, in a file that does not tell; empty if of none."""
+        whole = self._of_pair(key)
+        down, up = (self._entries[f"{whole}.{part}.weight"].shape if whole else () for part in ("down", "up"))
+        if not whole or len(down) != len(up) or not down[0] == up[1] < min(up[0], down[1]):
+            return ""
+        return f"a factor of {whole!r}, if this file was compressed before: nothing loads this then, use the dense file"
+
+    def _of_pair(self, key: str) -> str:
+        """Return the name that a weight shares with those of all factors of one layer; empty if they are not there."""
         whole, _, part = key.removesuffix(".weight").rpartition(".")
-        is_factor = part in _FACTORS and {f"{whole}.down.weight", f"{whole}.up.weight"} <= self._factors
-        return f"a factor of {whole!r}, which is low-rank already (compress the dense checkpoint)" if is_factor else ""
+        beside = {f"{whole}.{one}.weight" for one in ("down", "up")}
+        is_pair = part in _FACTORS and beside <= self._entries.keys() and f"{whole}.weight" not in self._entries
+        return whole if is_pair else ""
 
     def reason(self, key: str) -> str:
         """Say why a weight has to stay dense; empty for a layer by all that is known."""

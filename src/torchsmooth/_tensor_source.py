@@ -70,6 +70,11 @@ class Checkpoint:
         """The end of the name of its index or file, which tells its kind."""
         return INDEX if self.index is not None else self.path.suffix
 
+    @property
+    def compressed(self) -> bool:
+        """Whether a file says that this library wrote it."""
+        return any(isinstance(file, SafetensorsFile) and "torchsmooth" in file.metadata for file in self.files.values())
+
     def ordered_keys(self) -> list[str]:
         """Return all keys as a reader would have them: as they were saved, or where that is not known, by numbers."""
         if self.index is None and self.path.suffix != ".safetensors":

@@ -165,7 +165,7 @@ def compressed(
             work.tidy()
         raise
     work.remove()
-    return _report(plan, made)
+    return _report(plan, made, {one.name: one.note for one in found.layers})
 
 
 def opened(
@@ -268,7 +268,9 @@ def _tensors(read: Callable[[], Mapping[str, Tensor]], layer: str) -> dict[str, 
     return {f"{layer}.{key}": tensor for key, tensor in read().items()}
 
 
-def _report(plan: CompressionPlan, made: Mapping[str, Mapping[str, Any]]) -> CompressionReport:
+def _report(
+    plan: CompressionPlan, made: Mapping[str, Mapping[str, Any]], notes: Mapping[str, str]
+) -> CompressionReport:
     reports = [
         LayerReport(
             name=one.name,
@@ -282,6 +284,7 @@ def _report(plan: CompressionPlan, made: Mapping[str, Mapping[str, Any]]) -> Com
             parameters_after=one.parameters_after,
             relative_error=float(made[one.name]["error"]) if one.name in made else 0.0,
             reason=one.reason,
+            note=notes[one.name] if one.name in made else "",
         )
         for one in plan
     ]
