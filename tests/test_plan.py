@@ -154,6 +154,19 @@ def test_layers_that_a_plan_does_not_know_are_listed_with_a_reason(seed, names, 
     assert report.parameters_before - report.parameters_after == saved == plan.parameters_before - plan.parameters_after
 
 
+@settings(max_examples=10)
+@given(seeds, st.sampled_from([None, *MORE]))
+def test_a_layer_that_the_plan_leaves_dense_is_reported_as_the_model_has_it(seed, head):
+    plan = plan_compression(nn.Sequential(mlp(seed), nn.Linear(8, 5)), 0.4, filter_fn=lambda _, name: name != "1")
+    model = nn.Sequential(mlp(seed), *([] if head is None else [MORE[head]()]))
+    there = [(one.name, one.type, one.parameters) for one in find_layers(model)]
+    report = plan.apply_(model)
+    assert [(one.name, one.type, one.parameters_before) for one in report.layers] == there
+    assert report.parameters_before - report.parameters_after == plan.parameters_before - plan.parameters_after
+    if head == "linear":
+        assert (report["1"].shape, report["1"].reason) == ((30, 8), "left out by filter_fn")
+
+
 @pytest.mark.parametrize("build", [nn.MultiheadAttention, nn.LSTM, nn.GRUCell])
 def test_parts_of_a_layer_that_the_plan_leaves_whole_are_listed_once(build):
     model = nn.ModuleDict({"whole": build(24, 2), "linear": nn.Linear(30, 30)})

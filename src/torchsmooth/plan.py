@@ -283,7 +283,8 @@ class CompressionPlan:
         """Compress a model as planned, in place: the model planned for, or a copy of it with weights of its own.
 
         Args:
-            model: a model with the layers of the plan, dense, under the same names. Others stay dense, and are listed.
+            model: a model with the layers that the plan compresses, dense, under the same names. Others stay dense, and
+                are listed as the model has them: another head may take the place of one that the plan leaves dense.
             example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments: inputs to count
                 multiply-accumulates or to measure time on, before and after, if that is the plan's target. Without them
                 the report has the planned multiply-accumulates, and no times.
@@ -297,9 +298,9 @@ class CompressionPlan:
 
         Raises:
             TypeError: if ``model`` is not a module, or ``example_inputs`` or ``calibration`` of a wrong type.
-            ValueError: if a layer is missing, of another type or shape, cannot be compressed or would grow, or
-                its weight holds NaN or infinite values; if there are no batches, or they bring such values. The
-                model is unchanged then.
+            ValueError: if a layer to compress is missing, of another type or shape, cannot be compressed or would
+                grow, or its weight holds NaN or infinite values; if there are no batches, or they bring such values.
+                The model is unchanged then.
         """
         check_module(model)
         inputs = None if example_inputs is None else as_inputs(example_inputs)
@@ -315,7 +316,7 @@ class CompressionPlan:
             placed_(model, made, expansion.undo)
             expansion.keep_(made.layers)
             report = CompressionReport(
-                layers=tuple(_report(layer, made) for layer in (*self.layers, *self._beyond(made.found))),
+                layers=tuple(_report(layer, made) for layer in self._reported(made.found)),
                 parameters_before=expansion.parameters,
                 parameters_after=count_parameters(model),
                 asked=self.asked if calibration is not None else without_refit(self.asked),
@@ -332,15 +333,18 @@ class CompressionPlan:
             return _NOT_PLANNED
         return "" if any(one.choice is not None for one in parts) else _LEFT_WHOLE
 
-    def _beyond(self, found: Iterable[FoundLayer]) -> list[LayerPlan]:
-        """Return the layers of a model that the plan does not know, as if it left them dense."""
-        known, beyond = {layer.name for layer in self.layers}, []
-        for one in found:
-            if one.name not in known and one.reason != _LEFT_WHOLE:  # the plan knows the parts of those
-                layer = LayerPlan(one.name, one.type, shape_of(one.module), {}, one.reason or _NOT_PLANNED)
-                layer.parameters_before = one.parameters
-                beyond.append(layer)
-        return beyond
+    def _reported(self, found: Iterable[FoundLayer]) -> list[LayerPlan]:
+        """Return the layers of the plan, dense ones as the model has them, and those that it does not know."""
+        there, known = {one.name: one for one in found}, {layer.name for layer in self.layers}
+        whole = tuple(f"{one.name}." for one in there.values() if one.reason == _LEFT_WHOLE)
+        layers = []
+        for layer in self.layers:
+            if layer.choice is None and layer.name in there:
+                layers.append(_dense(there[layer.name], layer.reason))
+            elif layer.choice is not None or layer.name.startswith(whole):
+                layers.append(layer)
+        new = [one for one in there.values() if one.name not in known and one.reason != _LEFT_WHOLE]
+        return layers + [_dense(one, one.reason or _NOT_PLANNED) for one in new]
 
     def _measured(
         self,
@@ -364,6 +368,12 @@ class CompressionPlan:
             earlier, later = compare_times(model, inputs, replacements, expansion)
             return {"latency_before": earlier, "latency_after": later}
         return {}
+
+
+def _dense(found: FoundLayer, reason: str) -> LayerPlan:
+    layer = LayerPlan(found.name, found.type, shape_of(found.module), {}, reason)
+    layer.parameters_before = found.parameters
+    return layer
 
 
 def _compared(layer: LayerPlan | None) -> tuple[str, str, str]:
