@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.low_rank_networks import NETWORKS, difference, needs_compiler, network
 from tests.networks import same, snapshot
-from tests.strategies import fill_
+from tests.strategies import fill_, randn
 from torchsmooth import LowRankLinear, svd_compress_
 from torchsmooth._lowrank_layer import LowRankLayer
 
@@ -68,6 +68,26 @@ def test_onnx_computes_the_same(name):
     program = torch.onnx.export(model, (batch,), dynamo=True, dynamic_shapes=({0: batches},), verbose=False)
     for inputs in (batch, batch[:1], torch.cat([batch, batch])):
         assert difference(run_onnx(program, inputs), model(inputs)) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torchscript
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+@pytest.mark.parametrize("scheme", ["channel", "input", "spatial", "tucker"])
+def test_the_older_onnx_exporter_takes_every_scheme_and_form(scheme, form):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layers = [nn.Conv2d(4, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.Flatten(1), nn.Linear(48, 40)]
+    model = fill_(nn.Sequential(*layers), 0).eval()
+    report = svd_compress_(model, 0.3, scheme=(scheme, "channel") if scheme == "tucker" else scheme, form=form)
+    assert {one.form for one in report.compressed} == {form}
+    file, batch = io.BytesIO(), randn(3, 4, 6, 6, seed=1, dtype=torch.float32)
+    torch.onnx.export(model, (batch,), file, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (name,) = (one.name for one in session.get_inputs())
+    assert difference(torch.from_numpy(session.run(None, {name: batch.numpy()})[0]), model(batch)) <= 1e-4
 
 
 @tree_spec

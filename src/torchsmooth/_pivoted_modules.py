@@ -251,7 +251,7 @@ class PivotedConv2d(Ordered):
         """Convolve with the weight, put together from the identity and the other rows."""
         rows = with_identity(self.weight, self.order, self.groups, self.rank)
         # As it stands it is laid out channels_last, and would make the output so whatever the input is.
-        weight = rows.reshape(self.out_channels, *self.kernel_size, self.rank).movedim(-1, 1).contiguous()
+        weight = rows.reshape(self.out_channels, *self.kernel_size, self.rank).permute(0, 3, 1, 2).contiguous()
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._around, self.padding_mode), (0, 0)  # noqa: A001

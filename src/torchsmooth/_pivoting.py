@@ -200,8 +200,9 @@ def with_identity(free: Tensor, places: Tensor, groups: int, rank: int) -> Tenso
     Returns:
         ``(groups, rows, rank)``.
     """
-    identity = torch.diag_embed(free.new_ones(groups, rank))
-    rows = torch.cat([identity.reshape(-1, rank), free.reshape(-1, rank)])
+    # Made of the factor, as a sharded one mixes with no plain tensor; the older ONNX exporter knows no diag_embed.
+    identity = free.new_ones(rank, rank).tril().triu().repeat(groups, 1)
+    rows = torch.cat([identity, free.reshape(-1, rank)])
     return rows.index_select(0, places).reshape(groups, -1, rank)
 
 
