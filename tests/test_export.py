@@ -79,15 +79,22 @@ def test_onnx_computes_the_same(name):
 def test_the_older_onnx_exporter_takes_every_scheme_and_form(scheme, form):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    layers = [nn.Conv2d(4, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.Flatten(1), nn.Linear(48, 40)]
+    layers = [
+        nn.Conv2d(4, 12, 3),
+        nn.ConvTranspose2d(12, 12, 3),
+        nn.Conv2d(12, 12, 5),
+        nn.Flatten(1),
+        nn.Linear(48, 40),
+    ]
     model = fill_(nn.Sequential(*layers), 0).eval()
     report = svd_compress_(model, 0.3, scheme=(scheme, "channel") if scheme == "tucker" else scheme, form=form)
     assert {one.form for one in report.compressed} == {form}
     file, batch = io.BytesIO(), randn(3, 4, 6, 6, seed=1, dtype=torch.float32)
+    batch = batch.to(memory_format=torch.channels_last)
     torch.onnx.export(model, (batch,), file, dynamo=False)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (name,) = (one.name for one in session.get_inputs())
-    assert difference(torch.from_numpy(session.run(None, {name: batch.numpy()})[0]), model(batch)) <= 1e-4
+    assert difference(torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0]), model(batch)) <= 1e-4
 
 
 @tree_spec

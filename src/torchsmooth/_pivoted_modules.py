@@ -96,9 +96,11 @@ def take_channels(tensor: Tensor, order: Tensor, dim: int, start: int, stop: int
     channels = order[start:stop]
     if dim != -1 and (tensor.stride(dim) != 1 or tensor.stride(-1) == 1):
         return tensor.index_select(dim, channels)
-    last = tensor.movedim(dim, -1)
+    end = tensor.dim() - 1
+    place = end + 1 + dim  # from the front, as the older ONNX exporter writes negative ones that nothing reads
+    last = tensor.movedim(place, end)
     taken = last.reshape(-1, last.shape[-1]).index_select(1, channels)  # with two axes it is fastest by far
-    return taken.reshape(*last.shape[:-1], stop - start).movedim(-1, dim)
+    return taken.reshape(*last.shape[:-1], stop - start).movedim(end, place)
 
 
 @torch.fx.wrap  # a symbolic trace does not know whether a tensor is nested
