@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -12,10 +14,24 @@ from tests.strategies import fill_
 from torchsmooth import LowRankLinear, load_compressed_, plan_compression, svd_compress_
 
 
-def compressed_state(**options):
+def compressed_model(**options):
     model = two_layers()
     svd_compress_(model, 0.3, **options)
-    return model.state_dict()
+    return model
+
+
+def compressed_state(**options):
+    return compressed_model(**options).state_dict()
+
+
+def averaged(model):
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+def packed(**options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is being moved
+        return torch.ao.quantization.quantize_dynamic(compressed_model(**options), {nn.Linear}, dtype=torch.qint8)
 
 
 def without(*keys):
@@ -158,6 +174,44 @@ STATES = [
         (
             "the state dict does not fit this model (its keys start with 'module.', the prefix of a "
             "wrapper: strip it, or save model.module.state_dict()): {cause}"
+        ),
+    ),
+    Mistake(
+        "an average of models",
+        lambda model: load_compressed_(model, averaged(compressed_model()).state_dict()),
+        ValueError,
+        (
+            "the state dict does not fit this model (its keys start with 'module.', the prefix of a "
+            "wrapper: strip it, or save model.module.state_dict()): {cause}"
+        ),
+    ),
+    Mistake(
+        "a model in an average",
+        lambda model: load_compressed_(model, compressed_state()),
+        ValueError,
+        (
+            "the state dict does not fit this model (the model's keys start with 'module.', the prefix "
+            "of a wrapper: load into model.module): {cause}"
+        ),
+        model=lambda: averaged(two_layers()),
+    ),
+    Mistake(
+        "weights that torch.ao has packed",
+        lambda model: load_compressed_(model, packed(form="factored").state_dict()),
+        ValueError,
+        (
+            "the state dict does not fit this model ('0.down._packed_params.dtype' is a packed, "
+            "quantised weight: save the state dict before quantising, and quantise after loading): {cause}"
+        ),
+    ),
+    Mistake(
+        "weights that torch.ao has packed, beside an order",
+        lambda model: load_compressed_(model, packed(form="pivoted").state_dict()),
+        ValueError,
+        (
+            "the state dict holds '0.merge.order' but not '0.down.weight' ('0.down._packed_params.dtype' "
+            "is a packed, quantised weight: save the state dict before quantising, and quantise after "
+            "loading): half of layer '0' is missing."
         ),
     ),
     Mistake(

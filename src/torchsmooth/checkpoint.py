@@ -31,6 +31,10 @@ __all__ = ["load_compressed_"]
 _PARTS = ("down.weight", "core.weight", "up.weight", "merge.order", "split.order", "up.order")
 
 
+# Where torch.ao keeps quantised weights, and what torch.optim.swa_utils.AveragedModel keeps beside the model's keys.
+_PACKED, _AVERAGED = "._packed_params", "n_averaged"
+
+
 @torch.no_grad()
 def load_compressed_(model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]) -> nn.Module:
     """Rebuild the low-rank layers that a state dict was saved from, in place, and load it strictly.
@@ -156,7 +160,10 @@ def _structure(name: str, module: nn.Module, kind: LayerKind, state_dict: Mappin
     missing = [key for key in keys.values() if key not in state_dict]
     if missing:
         there = next(key for key in (f"{name}.{part}" for part in _PARTS) if key in state_dict)
-        raise ValueError(f"the state dict holds {there!r} but not {missing[0]!r}: half of layer {name!r} is missing.")
+        raise ValueError(
+            f"the state dict holds {there!r} but not {missing[0]!r}{_quantised(state_dict)}: half of layer {name!r} is "
+            "missing."
+        )
     if f"{name}.weight" in state_dict:
         raise ValueError(
             f"the state dict holds layer {name!r} twice, dense ({name + '.weight'!r}) and low-rank "
@@ -215,17 +222,24 @@ def _check_order(name: str, key: str, ordered: Ordered, state_dict: Mapping[str,
 
 def _hint(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     """Recognise the usual mistakes: quantised tensors, and a prefix that a wrapper has put before every key."""
-    for key, value in state_dict.items():
-        if is_quantised(value):
-            return (
-                f" ({key!r} is a quantised {type(value).__name__}: save the state dict before quantising, and quantise "
-                "after loading)"
-            )
+    quantised = _quantised(state_dict)
+    if quantised:
+        return quantised
     for prefix in ("module.", "_orig_mod."):
         for wrapped, whose, way in (
             (state_dict, "its keys", f"strip it, or save model.{prefix}state_dict()"),
-            (model.state_dict(), "the model's", f"load into model.{prefix.rstrip('.')}"),
+            (model.state_dict(), "the model's keys", f"load into model.{prefix.rstrip('.')}"),
         ):
-            if wrapped and all(key.startswith(prefix) for key in wrapped):
+            keys = wrapped.keys() - {_AVERAGED}
+            if keys and all(key.startswith(prefix) for key in keys):
                 return f" ({whose} start with {prefix!r}, the prefix of a wrapper: {way})"
+    return ""
+
+
+def _quantised(state_dict: Mapping[str, Any]) -> str:
+    """Recognise the tensors of torchao and the packed weights of torch.ao; empty without any."""
+    for key, value in state_dict.items():
+        if is_quantised(value) or _PACKED in key:
+            what = f"a quantised {type(value).__name__}" if is_quantised(value) else "a packed, quantised weight"
+            return f" ({key!r} is {what}: save the state dict before quantising, and quantise after loading)"
     return ""
