@@ -379,7 +379,7 @@ def test_batchnorm_statistics_survive_a_failed_load():
 
 def test_a_model_in_a_wrapper_is_recognised():
     with pytest.raises(
-        ValueError, match=r"\(the model's start with 'module.', the prefix of a wrapper: load into model.mod"
+        ValueError, match=r"\(the model's keys start with 'module.', the prefix of a wrapper: load into model.mod"
     ):
         load_compressed_(nn.DataParallel(mlp(2)), compressed_state())
 
