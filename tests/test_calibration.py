@@ -170,6 +170,44 @@ def test_every_call_has_to_go_into_a_norm(taken, expected):
     assert normed(Calls(), torch.zeros(3, 4)) == {"linear": expected}
 
 
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape", "expected"),
+    [
+        (nn.Linear(4, 4, bias=False), nn.BatchNorm1d(3), (2, 3, 4), False),
+        (nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3), (2, 3, 4), False),
+        (nn.Linear(4, 4, bias=False), nn.BatchNorm2d(3), (2, 3, 4, 4), False),
+        (nn.Conv2d(3, 5, 1, bias=False), nn.BatchNorm1d(4), (3, 4, 4), False),
+        (nn.Conv1d(3, 5, 1, bias=False), nn.BatchNorm1d(5), (2, 3, 4), True),
+        (nn.Conv3d(3, 5, 1, bias=False), nn.BatchNorm3d(5), (2, 3, 2, 2, 2), True),
+        (nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), (2, 4), True),
+    ],
+)
+def test_a_norm_takes_up_the_mean_of_features_only_where_they_are_its_channels(layer, norm, shape, expected):
+    assert normed(nn.Sequential(layer, norm), torch.ones(shape)) == {"0": expected}
+
+
+@pytest.mark.parametrize("other", ["a layer", "a layer that is not looked at", "the input", "itself"])
+def test_a_norm_that_takes_anything_else_takes_up_another_mean(other):
+    class Neck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.plain, self.norm = nn.Bilinear(4, 4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = {
+                "a layer": self.two,
+                "a layer that is not looked at": lambda x: self.plain(x, x),
+                "the input": lambda x: x,
+                "itself": lambda x: self.one(2 * x),
+            }[other](x)
+            return self.norm(self.one(x)) + self.norm(y)
+
+    found = normed(Neck(), torch.ones(3, 4))
+    assert found["one"] is (other == "itself")
+    assert other != "a layer" or found["two"] is False
+
+
 def test_a_hook_that_changes_the_output_stands_between_a_layer_and_its_norm():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model[0].register_forward_hook(lambda _module, _args, output: output.relu())

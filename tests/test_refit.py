@@ -207,6 +207,41 @@ def test_ahead_of_a_norm_the_mean_does_not_matter():
     assert torch.allclose(outputs(model, [images]).var((0, 2, 3)), wanted.var((0, 2, 3)))
 
 
+class Tokens(nn.Module):
+    """A norm over tokens, which takes up one mean for all features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6, bias=False), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+class TwoLayersOneNorm(nn.Module):
+    """A norm for the outputs of two layers, which takes up one mean for both."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(self.layer(x[:, 0])) + self.norm(self.other(x[:, 1] - 4))
+
+
+@pytest.mark.parametrize("build", [Tokens, TwoLayersOneNorm])
+def test_ahead_of_a_norm_that_mixes_means_they_matter(build):
+    model = fill_(build(), 0).double().eval()
+    rows = 3 * randn(6, seed=1) + randn(60, 3, 6, seed=0)
+    given = rows if build is Tokens else rows[:, 0]
+    wanted = outputs(model.layer, [given])
+    refit_(model, [rows], {"layer": 2})
+    x, y = given.reshape(-1, 6), wanted.reshape(-1, 6)
+    best = misfit(x @ reference.reduced_rank_regression(x, y, 2).T, y)
+    assert misfit(outputs(model.layer, [given]), wanted) <= best + 5e-3
+
+
 @pytest.mark.parametrize(
     ("build", "scheme"), [(mlp, "auto"), (small_resnet, "channel"), (small_resnet, "input"), (small_resnet, "spatial")]
 )

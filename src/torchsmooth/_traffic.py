@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._geometry import ANY_CONVOLUTION
 from ._running import given_to
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Traffic:
     Attributes:
         calls: how often it is called, for each batch of this rank.
         order: its place among the layers and norms, by the first call.
-        normed: whether a BatchNorm takes each output and nothing else does, so that its mean does not matter.
+        normed: whether a BatchNorm takes each output, feature by feature, and neither does anything else take it nor
+            that norm anything else, so that its mean does not matter.
         norms: names of the BatchNorm layers that batches come to before they first come here.
     """
 
@@ -45,10 +47,11 @@ class Traffic:
 
 @dataclass
 class _Output:
-    """What a layer put out, and whether a norm took it."""
+    """What a layer put out, whether its features are where a norm has its channels, and whether a norm took it."""
 
     reference: weakref.ref[Tensor]
     layer: str
+    by_channel: bool
     taken: bool = False
 
 
@@ -72,6 +75,7 @@ class Watcher:
         self._taking: list[int] = []  # what norms that are running were given
         self._taken: dict[str, int] = {}  # outputs of each layer that norms took
         self._used: set[str] = set()  # layers with outputs that anything else took
+        self._sources: dict[str, set[str]] = {}  # of each norm, the layers whose outputs it takes; "" is anything else
 
     def begin(self) -> None:
         """Begin with the next batch."""
@@ -96,13 +100,10 @@ class Watcher:
                     self._note(name)
                     self._taking.append(id(given_to(args, kwargs)))
 
-                def end(_norm: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
+                def end(_norm: nn.Module, args: Any, kwargs: Any, _output: Any, name: str = name) -> None:
                     given = given_to(args, kwargs)
                     self._taking.remove(id(given))
-                    output = self._output(given)
-                    if output is not None and not output.taken:
-                        output.taken = True
-                        self._taken[output.layer] = self._taken.get(output.layer, 0) + 1
+                    self._take(name, given)
 
                 stack.callback(norm.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(hook_first(norm, end))
@@ -116,19 +117,28 @@ class Watcher:
         for sequence in team.gather(self._order):
             _merge_(order, sequence)
         everywhere = team.gather({name: self._is_normed(name) for name in self.traffic})
+        mixed = self._mixed(team)
         before: set[str] = set()
         for place, name in enumerate(order):
             if name in self.traffic:
                 one = self.traffic[name]
                 one.order, one.norms = place, frozenset(before)
                 # Of ranks where no batch comes to it nothing is said.
-                one.normed = all(there[name] is not False for there in everywhere)
+                one.normed = name not in mixed and all(there[name] is not False for there in everywhere)
             else:
                 before.add(name)
 
     def _is_normed(self, name: str) -> bool | None:
         calls = sum(self.traffic[name].calls)
         return name not in self._used and self._taken.get(name, 0) == calls if calls else None
+
+    def _mixed(self, team: Team) -> set[str]:
+        """Return the layers with norms that take anything else as well: such a norm takes up one mean for all of it."""
+        sources: dict[str, set[str]] = {}
+        for there in team.gather(self._sources):
+            for norm, some in there.items():
+                sources.setdefault(norm, set()).update(some)
+        return {layer for some in sources.values() if len(some) > 1 for layer in some}
 
     def _end(self) -> None:
         _merge_(self._order, self._sequence)
@@ -142,11 +152,24 @@ class Watcher:
         name = self._names[module]
         self._note(name)
         self.traffic[name].calls[-1] += 1
-        self._outputs[id(output)] = _Output(weakref.ref(output), name)
+        # What comes out without an axis of examples is not looked at feature by feature, either.
+        axes = len(module.kernel_size) if isinstance(module, ANY_CONVOLUTION) else 0
+        self._outputs[id(output)] = _Output(weakref.ref(output), name, output.dim() == axes + 2)
 
     def _output(self, tensor: Tensor) -> _Output | None:
         found = self._outputs.get(id(tensor))
         return found if found is not None and found.reference() is tensor else None  # dead ones leave their identity
+
+    def _take(self, norm: str, given: Tensor) -> None:
+        output = self._output(given)
+        self._sources.setdefault(norm, set()).add("" if output is None else output.layer)
+        if output is None:
+            return
+        if not output.by_channel:
+            self._used.add(output.layer)
+        elif not output.taken:
+            output.taken = True
+            self._taken[output.layer] = self._taken.get(output.layer, 0) + 1
 
     def _use(self, tensor: Tensor) -> None:
         output = None if id(tensor) in self._taking else self._output(tensor)
