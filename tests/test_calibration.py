@@ -137,9 +137,9 @@ def test_the_order_is_that_of_the_data_whichever_batch_comes_first():
 def test_norms_before_a_layer_are_known():
     found = look(small_resnet(), [IMAGES], moments=False)
     norms = {name: traffic.norms for name, (traffic, _) in found.items()}
-    assert norms["conv1"] == frozenset()
-    assert norms["layers.0.conv1"] == {"bn1"}
-    assert norms["layers.0.conv2"] == {"bn1", "layers.0.bn1"}
+    assert norms["conv1"] == {}
+    assert norms["layers.0.conv1"] == {"bn1": [1]}
+    assert norms["layers.0.conv2"] == {"bn1": [1], "layers.0.bn1": [1]}
 
 
 def test_a_tensor_that_is_filled_anew_for_each_batch_is_refused():
@@ -168,6 +168,21 @@ def test_every_call_has_to_go_into_a_norm(taken, expected):
             return x
 
     assert normed(Calls(), torch.zeros(3, 4)) == {"linear": expected}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("weight", True), ("bias", True), ("none", False)])
+def test_it_is_seen_where_a_layer_is_read_that_does_not_run(name, expected):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            own = {"weight": self.one.weight, "bias": self.one.bias, "none": torch.ones(4)}[name]
+            return self.two(self.one(x)) + own.mean()
+
+    found = look(Reads(), [torch.zeros(3, 4)], moments=False)
+    assert [found[one][0].read for one in ("one", "two")] == [expected, False]
 
 
 @pytest.mark.parametrize(

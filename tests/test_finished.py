@@ -117,6 +117,80 @@ class Taking(nn.Module):
         return sum(found)
 
 
+class Forces(nn.Module):
+    """Takes the gradient of an energy within, and hands it to a branch that does not come last."""
+
+    def __init__(self, way="backwards"):
+        super().__init__()
+        self.part, self.energy = nn.Sequential(nn.Linear(16, 16), nn.Tanh()), nn.Linear(16, 16)
+        self.head, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.way = way
+
+    def total(self, x):
+        return 5 * self.energy(self.part(x)).square().sum() + x.square().sum()
+
+    def gradient(self, x):
+        if self.way == "func":
+            return torch.func.grad(self.total)(x)
+        if self.way == "forwards":
+            return self.total(x) + torch.func.jvp(lambda one: self.energy(self.part(one)), (x,), (x.cos(),))[1]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.total(x), x)[0]
+
+    def forward(self, x):
+        return self.head(self.gradient(x)), self.last(x)
+
+
+class Graph(nn.Module):
+    """A part that returns what is differentiated outside of it."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        @torch.enable_grad()
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return x, self.layer(x).cos().sum()
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.head, self.last = self.Part(), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        start, energy = self.part(x)
+        return self.head(torch.autograd.grad(energy, start)[0]), self.last(x)
+
+
+class Borrowed(nn.Module):
+    """A part that works with the weight of a layer behind it, which it is handed or knows of."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x, weight):
+            return torch.tanh(self.layer(nn.functional.linear(x, weight() if callable(weight) else weight)))
+
+    def __init__(self, way):
+        super().__init__()
+        self.part, self.head, self.mid, self.last = self.Part(), *(nn.Linear(16, 16) for _ in range(3))
+        self.way = way
+
+    def forward(self, x):
+        weight = {
+            "as it is": lambda: self.head.weight,
+            "a view": lambda: self.head.weight.T,
+            "computed": lambda: self.head.weight * 2,
+            "by a function": lambda: lambda: self.head.weight,
+            "a bias": self.head.bias.diag,
+        }[self.way]()
+        return self.mid(torch.tanh(self.head(self.part(x, weight)))), self.last(x)
+
+
 NETWORKS = {
     "residual": small_resnet,
     "plain": lambda seed: mlp(seed, (16, 24, 24, 12, 8)),
@@ -128,6 +202,15 @@ NETWORKS = {
     "draws": lambda seed: deep(None, lambda self, h: h * torch.empty_like(h).bernoulli_(0.7), None, None, seed=seed),
     "shared": lambda seed: fill_(Shared(), seed),
     "weights of its own": lambda seed: deep(None, lambda self, h: h + self.one.weight.sum(), None, None, seed=seed),
+    "gradients": lambda seed: fill_(Forces(), seed),
+    "gradients by torch.func": lambda seed: fill_(Forces("func"), seed),
+    "derivatives along a direction": lambda seed: fill_(Forces("forwards"), seed),
+    "graphs out of parts": lambda seed: fill_(Graph(), seed),
+    "a borrowed weight": lambda seed: fill_(Borrowed("as it is"), seed),
+    "a borrowed view": lambda seed: fill_(Borrowed("a view"), seed),
+    "what is made of a borrowed weight": lambda seed: fill_(Borrowed("computed"), seed),
+    "a function that borrows": lambda seed: fill_(Borrowed("by a function"), seed),
+    "a borrowed bias": lambda seed: fill_(Borrowed("a bias"), seed),
 }  # fmt: skip
 
 
@@ -253,6 +336,20 @@ class HandsOn(nn.Module):
 def test_what_is_handed_on_in_secret_is_found_out_however_few_layers_there_are(norms):
     model = fill_(HandsOn(norms), 0).eval()
     assert alike(refitted(model, batches_for(model)), refitted(model, batches_for(model), reuse=False))
+
+
+def test_parts_that_are_mapped_over_are_run_each_time():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.body = Block(), nn.Sequential(Block(), Block())
+
+        def forward(self, x):
+            return self.body(torch.func.vmap(self.part)(x))
+
+    model = fill_(Mapped(), 0)
+    plan = plan_compression(model, ratio=0.3, filter_fn=lambda _, name: not name.startswith("part"))
+    assert plan.apply_(model, calibration=batches_for(model)).ratio > 0.25
 
 
 # The model

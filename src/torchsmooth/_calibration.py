@@ -76,7 +76,7 @@ class Calibration:
             names = {module: name for name, module in group.items()}
             watcher = Watcher(names, norms_of(model))
             traffic = watcher.traffic
-            with running(model) as begin, watcher.attached():
+            with running(model) as begin, watcher.attached(each_use=not moments):
 
                 def gather(module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
                     name = names[module]  # noqa: B023 - called in this turn of the loop only

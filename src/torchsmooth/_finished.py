@@ -3,7 +3,7 @@
 While a network is compressed layer after layer, the same batches go through it for each. What lies before the layer at
 work puts out the same as the last time. A part whose layers are all done is called, but what it put out is returned in
 place of running it. That holds for parts that do nothing but compute: those that draw random numbers, change what they
-are given, take or return anything but tensors and numbers, or have hooks, run as ever.
+are given, take or return anything but tensors and numbers, have hooks, or are differentiated, run as ever.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ._random_state import RandomState, devices_of
@@ -76,13 +77,13 @@ class FinishedParts:
             compute = part.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                is_first = part not in met
+                may_stand_in = part not in met and not _may_differentiate()
                 met.add(part)
-                if is_first and part in kept:
+                if may_stand_in and part in kept:
                     self.used = True
                     return _copied(kept[part].output)
                 given = _plain_tensors_in((args, *kwargs.values()))
-                if not is_first or still_to_change or given is None:
+                if not may_stand_in or still_to_change or given is None:
                     return compute(*args, **kwargs)
                 versions, random = [one._version for one in given], RandomState.now(self._devices)
                 output = compute(*args, **kwargs)
@@ -104,7 +105,7 @@ class FinishedParts:
     def _keep(self, kept: dict[nn.Module, _Kept], part: nn.Module, output: Any, given: list[Tensor]) -> None:
         """Keep an output in place of those of the parts of the part, if there is room."""
         tensors = _plain_tensors_in((output,))
-        if tensors is None or not tensors:
+        if not tensors or any(one.requires_grad for one in tensors):  # a copy would have no graph
             return
         storages = [one.untyped_storage().data_ptr() for one in tensors]
         if len({*storages}) < len(storages) or any(one.untyped_storage().data_ptr() in storages for one in given):
@@ -138,12 +139,18 @@ def _parts(model: nn.Module, unfinished: Collection[nn.Module]) -> list[nn.Modul
     return parts
 
 
+def _may_differentiate() -> bool:
+    """Say whether the model, which runs without gradients, takes some within: an output that is kept has no graph."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def _plain_tensors_in(values: tuple[Any, ...]) -> list[Tensor] | None:
     """Return the tensors of nested tuples; None if there is anything else that could be changed or cannot be copied."""
     tensors: list[Tensor] = []
     for value in values:
         if type(value) in {Tensor, nn.Parameter}:
-            if value.is_inference() or value.layout is not torch.strided or value.is_nested:
+            is_mapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+            if is_mapped or value.is_inference() or value.layout is not torch.strided or value.is_nested:
                 return None
             tensors.append(value)
         elif type(value) is tuple:

@@ -125,8 +125,10 @@ def refit(
     """
     (looked,) = calibration.look(model, {names[one]: one for one in replacements}, moments=False)
     traffic = {one: looked[name][0] for one, name in names.items() if one in replacements}
+    # A part that reads what the fit of a layer elsewhere will change puts out something else after it.
+    reuse = not any(one.read and one.reached for one in traffic.values())
     try:
-        return _refit(model, replacements, names, calibration, traffic, fall_back, reuse=True)
+        return _refit(model, replacements, names, calibration, traffic, fall_back, reuse=reuse)
     except DifferentError:  # some part does more than compute, and it is not seen what
         return _refit(model, replacements, names, calibration, traffic, fall_back, reuse=False)
 

@@ -31,13 +31,16 @@ class Traffic:
         order: its place among the layers and norms, by the first call.
         normed: whether a BatchNorm takes each output, feature by feature, and neither does anything else take it nor
             that norm anything else, so that its mean does not matter.
-        norms: names of the BatchNorm layers that batches come to before they first come here.
+        norms: the BatchNorm layers that batches come to before they first come here, by name, with how often each is
+            called, for each batch of this rank.
+        read: whether its weight or bias is seen to be read on this rank while it does not run itself.
     """
 
     calls: list[int] = field(default_factory=list)
     order: int = -1
     normed: bool = True
-    norms: frozenset[str] = frozenset()
+    norms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    read: bool = False
 
     @property
     def reached(self) -> bool:
@@ -69,6 +72,9 @@ class Watcher:
     def __init__(self, names: Mapping[nn.Module, str], norms: Mapping[str, nn.Module]) -> None:
         self.traffic = {name: Traffic() for name in names.values()}
         self._names, self._norms = names, norms
+        self._norm_calls: dict[str, list[int]] = {name: [] for name in norms}
+        self._parameters = {id(one): name for module, name in names.items() for one in module.parameters()}
+        self._running: list[str] = []  # layers
         self._sequence: list[str] = []  # of the batch that runs
         self._order: list[str] = []
         self._outputs: dict[int, _Output] = {}  # of layers in this run, by identity
@@ -80,8 +86,8 @@ class Watcher:
     def begin(self) -> None:
         """Begin with the next batch."""
         self._end()
-        for one in self.traffic.values():
-            one.calls.append(0)
+        for calls in (*(one.calls for one in self.traffic.values()), *self._norm_calls.values()):
+            calls.append(0)
 
     def returned(self, output: Any) -> None:
         """Note what the model returned: that is used outside."""
@@ -89,15 +95,22 @@ class Watcher:
             self._use(tensor)
 
     @contextmanager
-    def attached(self) -> Iterator[Watcher]:
-        """Watch what runs."""
+    def attached(self, *, each_use: bool) -> Iterator[Watcher]:
+        """Watch what runs.
+
+        Args:
+            each_use: whether to look at each operation even if there are no norms; what it is given is then known, but
+                torch may round otherwise.
+        """
         with ExitStack() as stack:
             for module in self._names:
+                stack.callback(module.register_forward_pre_hook(self._calling).remove)
                 stack.callback(hook_first(module, self._called))
             for name, norm in self._norms.items():
 
                 def begin(_norm: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                     self._note(name)
+                    self._norm_calls[name][-1] += 1
                     self._taking.append(id(given_to(args, kwargs)))
 
                 def end(_norm: nn.Module, args: Any, kwargs: Any, _output: Any, name: str = name) -> None:
@@ -107,7 +120,7 @@ class Watcher:
 
                 stack.callback(norm.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(hook_first(norm, end))
-            stack.enter_context(_Uses(self._use) if self._norms else nullcontext())
+            stack.enter_context(_Uses(self._use) if each_use or self._norms else nullcontext())
             yield self
 
     def finish(self, team: Team) -> None:
@@ -118,15 +131,15 @@ class Watcher:
             _merge_(order, sequence)
         everywhere = team.gather({name: self._is_normed(name) for name in self.traffic})
         mixed = self._mixed(team)
-        before: set[str] = set()
+        before: dict[str, Sequence[int]] = {}
         for place, name in enumerate(order):
             if name in self.traffic:
                 one = self.traffic[name]
-                one.order, one.norms = place, frozenset(before)
+                one.order, one.norms = place, dict(before)
                 # Of ranks where no batch comes to it nothing is said.
                 one.normed = name not in mixed and all(there[name] is not False for there in everywhere)
             else:
-                before.add(name)
+                before[name] = self._norm_calls[name]
 
     def _is_normed(self, name: str) -> bool | None:
         calls = sum(self.traffic[name].calls)
@@ -142,14 +155,18 @@ class Watcher:
 
     def _end(self) -> None:
         _merge_(self._order, self._sequence)
-        self._sequence, self._outputs, self._taking = [], {}, []
+        self._sequence, self._outputs, self._taking, self._running = [], {}, [], []
 
     def _note(self, name: str) -> None:
         if name not in self._sequence:
             self._sequence.append(name)
 
+    def _calling(self, module: nn.Module, _args: Any) -> None:
+        self._running.append(self._names[module])
+
     def _called(self, module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
         name = self._names[module]
+        self._running.remove(name)
         self._note(name)
         self.traffic[name].calls[-1] += 1
         # What comes out without an axis of examples is not looked at feature by feature, either.
@@ -172,6 +189,9 @@ class Watcher:
             self._taken[output.layer] = self._taken.get(output.layer, 0) + 1
 
     def _use(self, tensor: Tensor) -> None:
+        reads = self._parameters.get(id(tensor))
+        if reads is not None and reads not in self._running:
+            self.traffic[reads].read = True
         output = None if id(tensor) in self._taking else self._output(tensor)
         if output is not None:
             self._used.add(output.layer)
