@@ -494,7 +494,7 @@ def factored_file(folder, kind):
     """A file of two factored layers and a dense one, which this library wrote."""
     model = fill_(nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.Linear(48, 40)), 0)
     source = save(model.state_dict(), folder, kind, "dense")
-    keep = lambda name, _: name != "3"  # noqa: E731
+    keep = lambda _, name: name != "3"  # noqa: E731
     compress_checkpoint(source, out(folder, kind), 0.3, form="factored", filter_fn=keep)
     return out(folder, kind), model
 

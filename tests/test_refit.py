@@ -22,6 +22,7 @@ from torchsmooth._leading import truncated_factors
 from torchsmooth._lowrank_layer import LowRankLayer, multiply_out
 from torchsmooth._matricise import distinct_schemes
 from torchsmooth._moments import Moments
+from torchsmooth._norms import FollowingNorms
 from torchsmooth._refit import NO_ROWS, _bias_of, refit
 from torchsmooth._swap import swap_, take_over_
 from torchsmooth._undo import Undo
@@ -822,11 +823,11 @@ def normed_mlp(seed):
 
 
 @settings(max_examples=10)
-@given(seeds, st.sampled_from([1, 7, 40]), st.booleans())
-def test_it_does_not_matter_how_rows_are_cut_into_batches(seed, size, is_sorted):
+@given(seeds, st.sampled_from([1, 7, 40]), st.booleans(), st.sampled_from([("0", "3", "6", "9"), ("0", "9"), ("0",)]))
+def test_it_does_not_matter_how_rows_are_cut_into_batches(seed, size, is_sorted, names):
     model, inputs = normed_mlp(seed), correlated(120, 12, seed)
     order = inputs[:, 0].argsort() if is_sorted else torch.arange(120)
-    choices = {"0": 6, "3": 5, "6": 5, "9": 3}
+    choices = {name: {"0": 6, "9": 3}.get(name, 5) for name in names}
     found, replacements = look(model, [inputs], choices)
     other, others = look(model, inputs[order].split(size), choices)
     for one, another in zip(replacements.values(), others.values(), strict=True):
@@ -903,3 +904,45 @@ def test_a_bias_out_of_range_becomes_the_largest_of_the_dtype(sign):
     moments.add(torch.zeros(1, 4, 6), torch.full((1, 4, 5), sign * 1e6))
     bias = _bias_of(low_rank, moments, torch.float16)
     assert bias.half().tolist() == [sign * torch.finfo(torch.float16).max] * 5
+
+
+@pytest.mark.parametrize("names", [("0",), ("0", "9")])
+@pytest.mark.parametrize("size", [120, 40])
+def test_norms_in_a_row_are_found_in_a_round_for_each_and_in_one_if_there_is_one_batch(names, size):
+    model, inputs = normed_mlp(0), correlated(120, 12, 0)
+    with patch.object(FollowingNorms, "settle", autospec=True, side_effect=FollowingNorms.settle) as rounds:
+        look(model, inputs.split(size), dict.fromkeys(names, 3))
+    assert rounds.call_count == (1 if size == 120 else 3)
+
+
+class CalledAgain(nn.Module):
+    """An encoder that is called once more after all that lies behind its first call."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
+        self.predictor, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.late = late
+
+    def forward(self, x):
+        one, other = x[:, :8], x[:, 8:]
+        if self.late:
+            predicted = self.head(self.predictor(self.encoder(one).relu()))
+            return predicted + self.encoder(other)[:, :4]
+        one, other = self.encoder(one).relu(), self.encoder(other)
+        return self.head(self.predictor(one)) + other[:, :4]
+
+
+def test_a_norm_that_is_called_again_behind_all_layers_follows_in_all_of_its_calls():
+    inputs = torch.cat([randn(90, 8, seed=0) / 3, 3 * randn(90, 8, seed=1) + 1], 1)
+    found = {}
+    for late in (True, False):
+        model = fill_(CalledAgain(late), 0).double().eval()
+        dense = copy.deepcopy(model)
+        refit_(model, inputs.split(40), {"encoder.0": 3, "predictor": 4, "head": 3})
+        rows = torch.cat(inputs.chunk(2, 1))
+        after, before = outputs(model.encoder, [rows]), outputs(dense.encoder, [rows])
+        assert torch.allclose(after.mean(0), before.mean(0), atol=1e-6)
+        assert torch.allclose(after.var(0), before.var(0), rtol=1e-6)
+        found[late] = model.state_dict()
+    assert all(torch.equal(value, found[False][key]) for key, value in found[True].items())

@@ -153,14 +153,20 @@ class FollowingNorms:
             for norm, buffers in kept:
                 norm._buffers.update(buffers)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Fix the statistics of the norms that the batches have passed by now, on any rank.
+
+        Returns:
+            Whether they are others than those with which the last batch ran, on any rank.
 
         Raises:
             ValueError: if they come out NaN or infinite.
         """
+        has_moved = False
         for norm, (dense, here) in self._united().items():
+            before = [one.clone() for one in self._statistics[norm]]
             self._set(norm, dense, here)
+            has_moved = has_moved or not all(map(torch.equal, before, self._statistics[norm]))
             if not all(bool(one.isfinite().all()) for one in self._statistics[norm]):
                 raise ValueError(
                     f"calibration brings NaN or infinite values to BatchNorm layer {self.names[norm]!r}: look at the "
@@ -168,6 +174,7 @@ class FollowingNorms:
                 )
             self._settled.add(norm)
         self._totals = {}
+        return any(self._team.gather(has_moved))
 
     def _united(self) -> dict[_BatchNorm, tuple[Spread, Spread]]:
         """Return what the dense and the compressed network feed the norms, on all ranks together."""

@@ -130,10 +130,9 @@ class TwoNetworks:
     def _settle_norms_before(self, begin: Callable[[int], bool], module: nn.Module) -> None:
         """Find the statistics of the norms between the layers that are done and a layer."""
         before = self.traffic[module].norms
-        norms = [one for one in self.norms.unsettled if self.norms.names[one] in before - self._looked_for]
+        norms = [one for one in self.norms.unsettled if self.norms.names[one] in before.keys() - self._looked_for]
         self._looked_for.update(before)
-        calls = self.traffic[module].calls
-        until = {index: {module: calls[index]} for index in self._noted}
+        until = {index: self._calls([module], norms, index) for index in self._noted}
         self._settle(begin, norms, {index: noted.norms for index, noted in self._noted.items()}, until)
 
     def _settle(
@@ -143,33 +142,44 @@ class TwoNetworks:
         seen: Mapping[int, Seen],
         until: Mapping[int, Mapping[nn.Module, int]],
     ) -> None:
-        # Of several, the later ones get what the earlier ones let through, which is right only when those are known.
-        for again in range(min(len(norms), 2)):
+        # Of several, the later ones get what the earlier ones let through, which is right only when those are known. So
+        # each round finds one more for good, or all that are left.
+        for again in range(len(norms)):
             # What was kept up to the last layer has been compared with what comes when all runs; what came since not.
             reuse = bool(until) or not again
             for index in progress(seen, "settling norms", enabled=False if until else self.calibration.show):
                 if any(norm in seen[index] for norm in norms):
                     self._run_compressed(begin, index, seen[index], until.get(index, {}), finding=norms, reuse=reuse)
-            self.norms.settle()
+            if not self.norms.settle():
+                return
+
+    def _calls(self, layers: Sequence[nn.Module], norms: Sequence[Norm], index: int) -> dict[nn.Module, int]:
+        """Return how often a batch comes to layers, and to those of the norms that it first comes to before them."""
+        before = {name: calls for layer in layers for name, calls in self.traffic[layer].norms.items()}
+        calls: dict[nn.Module, int] = {one: self.traffic[one].calls[index] for one in layers}
+        return calls | {one: before[name][index] for one in norms if (name := self.norms.names[one]) in before}
 
     def _note_dense(self, begin: Callable[[int], bool], layers: list[nn.Module]) -> None:
         """Run the dense network as far as there is room to note what the layers put out: at least through the first."""
         self._noted = {}
         room = _AHEAD
         for index, batch in enumerate(self.calibration.batches):
-            calls = {one: self.traffic[one].calls[index] for one in layers}
-            outputs: dict[nn.Module, list[Tensor]] = {one: [] for one, count in calls.items() if count}
+            outputs: dict[nn.Module, list[Tensor]] = {one: [] for one in layers if self.traffic[one].calls[index]}
+            # A norm may be called again after the layers behind it.
+            calls = self._calls(list(outputs), self.norms.unsettled, index)
 
             def note(
                 layer: nn.Module, _given: Tensor, output: Tensor, outputs: Any = outputs, seed: int = index
             ) -> None:
                 nonlocal room
+                if layer not in outputs:  # a norm
+                    return
                 rows = output_rows(layer, output, seed)
                 room -= rows.numel() * rows.element_size()
                 outputs[layer].append(rows)
 
             begin(index)
-            with self.norms.watching_dense() as seen, _until({one: calls[one] for one in outputs}, note):
+            with self.norms.watching_dense() as seen, _until(calls, note):
                 _run_until_reached(self.model, batch)
             self._noted[index] = _Noted(outputs, seen)
             while room < 0 and len(layers) > 1:
@@ -244,7 +254,7 @@ def _run_until_reached(model: nn.Module, batch: Any) -> None:
 
 @contextmanager
 def _until(calls: Mapping[nn.Module, int], note: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Note the calls of layers, so many of each, and end the run at the last."""
+    """Note the calls of layers and norms, so many of each, and end the run at the last."""
     left = sum(calls.values())
 
     def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
