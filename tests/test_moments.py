@@ -83,6 +83,46 @@ def test_moments_of_lower_precision_are_those_of_its_values_in_float64(dtype):
     assert moments.energy(centred=False) == pytest.approx(energy, rel=1e-12)
 
 
+@given(seeds, st.sampled_from([torch.float32, torch.float64]), st.sampled_from(["inputs", "outputs", "both"]))
+def test_what_differs_by_rounding_alone_does_not_vary(seed, dtype, constant):
+    rows, others = randn(2, 30, 4, seed=seed), randn(2, 30, 3, seed=seed + 1)
+    noise = 4 * torch.finfo(dtype).eps
+    same, same_others = (one[:, :1] * (1 + noise * one.sin()) for one in (rows, others))
+    # In the second group all varies.
+    if constant != "outputs":
+        rows = torch.stack([same[0], rows[1]])
+    if constant != "inputs":
+        others = torch.stack([same_others[0], others[1]])
+    moments = gathered(rows.to(dtype), others.to(dtype), [7, 22, 1])
+    inner, cross = moments.inner(centred=True), moments.cross(centred=True)
+    assert bool((inner[0] == 0).all()) is (constant != "outputs")
+    assert bool((cross[0] == 0).all())
+    assert bool(inner[1].any())
+    assert bool(cross[1].any())
+    expected = [reference.moments(x, y, centred=True) for x, y in zip(rows.to(dtype), others.to(dtype), strict=True)]
+    energy = expected[1][2] + (expected[0][2] if constant == "inputs" else 0)
+    assert moments.energy(centred=True) == pytest.approx(energy, rel=1e-9)
+    alone = gathered(rows[:1].to(dtype), others[:1].to(dtype), [7, 22, 1])
+    assert alone.likeness(torch.ones(1, 3, 4, dtype=torch.float64)) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_that_varies_by_a_unit_varies(dtype):
+    # One row in three is off by one unit in the last place.
+    rows = torch.ones(1, 30, 4, dtype=dtype)
+    rows[:, ::3] += torch.finfo(dtype).eps
+    moments = gathered(rows, rows, 30)
+    assert torch.allclose(moments.inner(centred=True)[0], reference.moments(rows[0], rows[0], centred=True)[0])
+    assert moments.likeness(torch.eye(4, dtype=torch.float64)[None]) == pytest.approx(1.0)
+
+
+def test_a_feature_that_is_large_and_constant_hides_no_other():
+    rows = randn(1, 200, 16, seed=0)
+    rows[..., 0] = 1e5
+    moments = gathered(rows.float(), rows.float(), 64)
+    assert moments.inner(centred=True)[0, 1:, 1:].diagonal().min() > 0.5
+
+
 def test_batches_without_rows_bring_nothing():
     moments = Moments()
     moments.add(torch.zeros(2, 0, 3), torch.zeros(2, 0, 1))

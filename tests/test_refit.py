@@ -877,19 +877,25 @@ def test_norms_of_an_encoder_that_is_called_twice_follow():
         assert torch.allclose(moved_twice[id(other)], moved[id(own)], atol=1e-7)
 
 
-def test_what_does_not_vary_says_nothing_of_ranks():
-    class Conditioned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16))
-            self.inside, self.outside = nn.Linear(16, 24), nn.Linear(24, 8)
+class Conditioned(nn.Module):
+    """A network with a branch that puts out the same for each row, up to how products of other sizes are rounded."""
 
-        def forward(self, x):
-            time = self.time(torch.linspace(0.3, 0.9, 16).expand(len(x), 16))
-            return self.outside(torch.relu(self.inside(x + time)))
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(16, 100), nn.SiLU(), nn.Linear(100, 16))
+        self.inside, self.outside = nn.Linear(16, 24), nn.Linear(24, 8)
 
-    model = fill_(Conditioned(), 0)
-    plan = plan_compression(model, 0.3, calibration=[randn(90, 16, seed=one, dtype=torch.float32) for one in range(2)])
+    def forward(self, x):
+        time = self.time(torch.linspace(0.3, 0.9, 16, dtype=x.dtype).expand(len(x), 16))
+        return self.outside(torch.relu(self.inside(x + time)))
+
+
+@pytest.mark.parametrize("sizes", [(90, 90), (64, 1), (33, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_does_not_vary_says_nothing_of_ranks(sizes, dtype):
+    model = fill_(Conditioned(), 0).to(dtype)
+    batches = [randn(size, 16, seed=size, dtype=dtype) for size in sizes]
+    plan = plan_compression(model, 0.3, calibration=batches)
     alone = plan_compression(model, 0.3)
     for name in ("time.0", "time.2"):
         options, others = plan[name].options, alone[name].options
@@ -904,6 +910,19 @@ def test_a_bias_out_of_range_becomes_the_largest_of_the_dtype(sign):
     moments.add(torch.zeros(1, 4, 6), torch.full((1, 4, 5), sign * 1e6))
     bias = _bias_of(low_rank, moments, torch.float16)
     assert bias.half().tolist() == [sign * torch.finfo(torch.float16).max] * 5
+
+
+@pytest.mark.parametrize("sizes", [(90, 90), (64, 1), (33, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_does_not_vary_is_brought_back_by_the_bias(sizes, dtype):
+    model = fill_(Conditioned(), 0).to(dtype)
+    dense = copy.deepcopy(model)
+    batches = [randn(size, 16, seed=size, dtype=dtype) for size in sizes]
+    found = refit_(model, batches, {"time.0": 4, "time.2": 4, "inside": 8, "outside": 4})
+    assert not found.notes
+    assert [found.errors[name] for name in ("time.0", "time.2")] == [0.0, 0.0]
+    time = torch.linspace(0.3, 0.9, 16, dtype=dtype)
+    assert misfit(outputs(model.time, [time]), outputs(dense.time, [time])) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("names", [("0",), ("0", "9")])

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ._ranks import Team
 
 POSITIONS = 32
-# Of the square of the mean: what varies by less is the same number each time, but for the rounding of the mean.
+# Of the mean, in units of its rounding: what varies by less is the same each time, computed for other numbers of rows.
+_UNITS = 16
+# Of the square of the mean, at least: the mean itself is rounded.
 _CONSTANT = 1e-28
 
 
@@ -43,9 +45,13 @@ class Moments:
         self._inner: Tensor
         self._cross: Tensor
         self._energy: Tensor
+        self._constant = _CONSTANT
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Take in rows ``(groups, rows, n)`` of inputs and ``(groups, rows, m)`` of outputs."""
+        # In half precision what is computed anew mostly rounds to the same, and much that does vary is as small.
+        unit = min(torch.finfo(inputs.dtype).eps, torch.finfo(torch.float32).eps)
+        self._constant = max(self._constant, (_UNITS * unit) ** 2)
         inputs, outputs = working_copy(inputs), working_copy(outputs)
         rows = inputs.shape[1]
         if not rows:
@@ -77,12 +83,13 @@ class Moments:
             device: where a rank without rows keeps the moments.
         """
         shapes = (self.inputs_mean.shape, self.outputs_mean.shape) if self.count else None
-        everywhere = team.gather((self.count, shapes))
-        total = sum(count for count, _ in everywhere)
+        everywhere = team.gather((self.count, shapes, self._constant))
+        total = sum(count for count, *_ in everywhere)
+        self._constant = max(constant for *_, constant in everywhere)
         if len(everywhere) == 1 or not total:
             return
         if not self.count:
-            (groups, wide), (_, high) = next(one for _, one in everywhere if one is not None)
+            (groups, wide), (_, high) = next(one for _, one, _ in everywhere if one is not None)
             empty = torch.zeros(groups, 1, 0, dtype=torch.float64, device=device)
             self.inputs_mean, self.outputs_mean = (empty.new_zeros(groups, size) for size in (wide, high))
             self._inner, self._cross = empty.new_zeros(groups, wide, wide), empty.new_zeros(groups, high, wide)
@@ -100,9 +107,14 @@ class Moments:
         self.count = total
 
     def likeness(self, weight: Tensor) -> float:
-        """Return how the outputs go with those that a weight ``(groups, m, n)`` gives for the inputs: a correlation."""
-        own, together = ((weight @ self._inner) * weight).sum(), (self._cross * weight).sum()
-        product = float(own * self._energy.sum())
+        """Return how the outputs go with those that a weight ``(groups, m, n)`` gives for the inputs: a correlation.
+
+        Where either do not vary, nothing speaks against it: 1.
+        """
+        inputs, outputs = self._vary()
+        own = ((weight @ self._inner) * weight * inputs).sum()
+        together = (self._cross * weight * (inputs & outputs)).sum()
+        product = float(own * (self._energy * outputs[..., 0]).sum())
         return float(together) / math.sqrt(product) if product > 0 else 1.0
 
     def map_(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -118,19 +130,32 @@ class Moments:
         mean = self.inputs_mean
         inner = self._inner / self.count
         if centred:
-            varies = inner.diagonal(dim1=-2, dim2=-1).sum(-1) > _CONSTANT * mean.square().sum(-1)
-            return inner * varies[:, None, None]
+            return inner * self._vary()[0]
         return inner + mean.unsqueeze(2) * mean.unsqueeze(1)
 
     def cross(self, *, centred: bool) -> Tensor:
-        """Return E[y xᵀ] ``(groups, m, n)``."""
+        """Return E[y xᵀ] ``(groups, m, n)``, of the deviations if ``centred``; zero if either do not vary."""
         cross = self._cross / self.count
-        return cross if centred else cross + self.outputs_mean.unsqueeze(2) * self.inputs_mean.unsqueeze(1)
+        if centred:
+            inputs, outputs = self._vary()
+            return cross * (inputs & outputs)
+        return cross + self.outputs_mean.unsqueeze(2) * self.inputs_mean.unsqueeze(1)
 
     def energy(self, *, centred: bool) -> float:
-        """Return E[‖y‖²], all groups together."""
+        """Return E[‖y‖²], all groups together, of the deviations if ``centred``; zero if none vary."""
         energy = self._energy / self.count
-        return float((energy if centred else energy + self.outputs_mean.square()).sum())
+        return float((energy * self._vary()[1][..., 0] if centred else energy + self.outputs_mean.square()).sum())
+
+    def _vary(self) -> tuple[Tensor, Tensor]:
+        """Say whether inputs and outputs vary by more than rounding, for each group: ``(groups, 1, 1)`` both."""
+        inner = self._inner.diagonal(dim1=-2, dim2=-1).sum(-1) / self.count
+        energy = self._energy.sum(-1) / self.count
+        varying = (
+            spread > self._constant * mean.square().sum(-1)
+            for spread, mean in ((inner, self.inputs_mean), (energy, self.outputs_mean))
+        )
+        inputs, outputs = (one[:, None, None] for one in varying)
+        return inputs, outputs
 
 
 def check_moments(name: str, *moments: Tensor) -> None:
