@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import UserDict
+from collections import OrderedDict, UserDict
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -76,3 +77,92 @@ def test_copies_are_laid_out_and_flagged_as_the_originals():
     assert copy.requires_grad
     assert copy.is_leaf
     assert not run(nn.Identity(), torch.arange(3)).requires_grad
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class OwnDict(dict):
+    """A dictionary of a class of its own, as models take them."""
+
+
+def nested(kind, one, other):
+    return {
+        "a list": lambda: [one, other],
+        "a tuple": lambda: (one, other),
+        "a named tuple": lambda: Pair(one, other),
+        "a dictionary": lambda: {"x": one, "y": other},
+        "an ordered one": lambda: OrderedDict(x=one, y=other),
+        "one of its own": lambda: OwnDict(x=one, y=other),
+        "a UserDict": lambda: UserDict(x=one, y=other),
+        "a list of lists": lambda: [[one], [other, None]],
+        "all of them": lambda: [{"x": (one, Pair([other], "text"))}],
+    }[kind]()
+
+
+KINDS = ["a list", "a tuple", "a named tuple", "a dictionary", "an ordered one", "one of its own", "a UserDict",
+         "a list of lists", "all of them"]  # fmt: skip
+
+
+class WritesAll(nn.Module):
+    """Writes to tensors and containers as far as it can."""
+
+    def forward(self, given):
+        self.kind = type(given)
+        todo, total = [given], 0
+        while todo:
+            one = todo.pop()
+            if isinstance(one, torch.Tensor):
+                total = total + one.add_(1).sum()
+            elif isinstance(one, (dict, UserDict)):
+                todo.extend(one.values())
+                one.clear()
+            elif isinstance(one, (list, tuple)):
+                todo.extend(one)
+                if isinstance(one, list):
+                    one.clear()
+        return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_batch_holds_is_copied_however_deep(kind):
+    one, other = torch.zeros(3), torch.zeros(2, 2)
+    batch, before = nested(kind, one, other), nested(kind, one, other)
+    model = WritesAll()
+    given = [{"given": batch}] if isinstance(batch, (dict, UserDict)) else [(batch, "label"), {"given": batch}]
+    for _ in range(2):
+        for whole in given:
+            assert run(model, check_batch(whole)) == 7
+            assert model.kind is type(batch)
+            assert repr(batch) == repr(before)
+            assert not one.any()
+
+
+def test_what_is_no_container_is_handed_on():
+    class Holder:
+        pass
+
+    holder = Holder()
+    size = torch.Size([2])
+    assert run(nn.Identity(), [holder, size, "text", None, 3]) == [holder, size, "text", None, 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_that_fills_what_it_gave_anew_is_refused(kind):
+    def filled():
+        one, other = torch.zeros(3), torch.zeros(2, 2)
+        for value in range(2):
+            other.fill_(value)
+            yield (nested(kind, one, other), "label")
+
+    def replaced():
+        batch = [None]
+        for _ in range(2):
+            batch[0] = nested(kind, torch.zeros(3), torch.zeros(2, 2))
+            yield (batch, "label")
+
+    for loader in (filled, replaced):
+        with pytest.raises(ValueError, match="data: batch 0 was written to after it was given"):
+            collect(loader(), "data")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ._checks import describe
 from ._running import note, outline
+from ._traffic import tensors_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,13 +33,14 @@ def collect(batches: Iterable[Any], name: str) -> list[Any]:
     """
     check_batches(batches, name)
     kept: list[Any] = []
-    versions: list[list[int]] = []
+    states: list[list[tuple[Tensor, int]]] = []
     with torch.random.fork_rng(devices=[]):
         for batch in batches:
             kept.append(check_batch(batch))
-            versions.append(_versions(kept[-1]))
-    for place, (batch, before) in enumerate(zip(kept, versions, strict=True)):
-        if _versions(batch) != before:
+            states.append(_state(kept[-1]))
+    for place, (batch, before) in enumerate(zip(kept, states, strict=True)):
+        now = _state(batch)
+        if [(id(one), version) for one, version in now] != [(id(one), version) for one, version in before]:
             raise ValueError(
                 f"{name}: batch {place} was written to after it was given, so that it holds another one by now: yield "
                 "a tensor of its own for each, for instance batch.clone()."
@@ -57,10 +61,9 @@ def check_batch(batch: Any) -> Any:
     )
 
 
-def _versions(batch: Any) -> list[int]:
-    """Return what changes when one of the tensors of a batch is written to."""
-    values = batch.values() if isinstance(batch, Mapping) else [batch]
-    return [one._version for one in values if isinstance(one, Tensor) and not one.is_inference()]
+def _state(batch: Any) -> list[tuple[Tensor, int]]:
+    """Return the tensors in a batch, each with what changes when it is written to."""
+    return [(one, 0 if one.is_inference() else one._version) for one in tensors_in(batch)]
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -75,4 +78,15 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+    """Copy tensors, and the lists, tuples and dictionaries that hold them; anything else is handed on."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, (list, dict, UserDict)):
+        twin: Any = copy.copy(value)
+        for place, one in enumerate(value) if isinstance(value, list) else value.items():
+            twin[place] = _copy(one)
+        return twin
+    if type(value) is tuple:
+        return tuple(map(_copy, value))
+    make = getattr(value, "_make", None) if isinstance(value, tuple) else None  # of named ones
+    return value if make is None else make(map(_copy, value))

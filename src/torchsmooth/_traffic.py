@@ -91,7 +91,7 @@ class Watcher:
 
     def returned(self, output: Any) -> None:
         """Note what the model returned: that is used outside."""
-        for tensor in _tensors_in(output):
+        for tensor in tensors_in(output):
             self._use(tensor)
 
     @contextmanager
@@ -205,12 +205,12 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tell = tell
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors_in(args, kwargs):
+        for tensor in tensors_in(args, kwargs):
             self._tell(tensor)
         return func(*args, **(kwargs or {}))
 
 
-def _tensors_in(*values: Any) -> Iterator[Tensor]:
+def tensors_in(*values: Any) -> Iterator[Tensor]:
     """Yield the tensors in containers and dataclasses."""
     todo: list[Any] = list(values)
     seen: dict[int, Any] = {}
