@@ -191,6 +191,27 @@ class Borrowed(nn.Module):
         return self.mid(torch.tanh(self.head(self.part(x, weight)))), self.last(x)
 
 
+class Puts(nn.Module):
+    """A part that puts something on a layer of torch's, from where the model takes it."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.tanh = nn.Linear(16, 16), nn.Tanh()
+
+        def forward(self, x):
+            y = self.tanh(self.layer(x))
+            self.tanh.put = y.mean(0) + getattr(self.tanh, "put", 0.0)
+            return y
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.head, self.last = self.Part(), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.part(x) + self.part.tanh.put), self.last(x)
+
+
 NETWORKS = {
     "residual": small_resnet,
     "plain": lambda seed: mlp(seed, (16, 24, 24, 12, 8)),
@@ -202,6 +223,7 @@ NETWORKS = {
     "draws": lambda seed: deep(None, lambda self, h: h * torch.empty_like(h).bernoulli_(0.7), None, None, seed=seed),
     "shared": lambda seed: fill_(Shared(), seed),
     "weights of its own": lambda seed: deep(None, lambda self, h: h + self.one.weight.sum(), None, None, seed=seed),
+    "puts on layers": lambda seed: fill_(Puts(), seed),
     "gradients": lambda seed: fill_(Forces(), seed),
     "gradients by torch.func": lambda seed: fill_(Forces("func"), seed),
     "derivatives along a direction": lambda seed: fill_(Forces("forwards"), seed),
@@ -214,6 +236,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.[a-z_]+` is deprecated")  # which torch.func.jvp imports
 @settings(max_examples=4)
 @given(seeds, st.data())
 @pytest.mark.parametrize("name", NETWORKS)

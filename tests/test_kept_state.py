@@ -258,6 +258,33 @@ def test_a_compressed_and_tuned_model_keeps_what_it_kept():
     assert is_as(model, before)
 
 
+class OnLayers(nn.Module):
+    """Keeps something on layers of torch's, which what runs next takes from there."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(12, 12) for _ in range(3))
+        self.relu, self.part = nn.ReLU(), nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+        self.relu.kept = "before"
+
+    def forward(self, x):
+        y = self.relu(self.one(x))
+        self.relu.seen = y
+        self.relu.kept = "after"
+        self.part[1].seen = self.part(y)
+        return self.three(torch.tanh(self.two(self.relu.seen + self.part[1].seen)))
+
+
+def test_what_a_model_puts_on_layers_of_torch_is_taken_off_again():
+    model = fill_(OnLayers(), 0).eval()
+    batches = [rows(40, 12), rows(30, 12, seed=1)]
+    plan_compression(model, 0.3, calibration=batches)
+    svd_compress_(model, 0.3, calibration=batches)
+    assert model.relu.kept == "before"
+    assert "seen" not in vars(model.relu)
+    assert "seen" not in vars(model.part[1])
+
+
 class Queue(nn.Module):
     """Connections that skip layers go through a queue, which a run that ends early leaves half full."""
 

@@ -13,6 +13,9 @@ from ._contents import OTHERS, TORCH_ATTRIBUTES, is_own_object, package_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+# Layers of torch keep nothing, but models put things there; its wrappers keep what nobody should meddle with.
+_LAYERS = "torch.nn.modules."
+
 # Entries of a container: what has more is a table, such as a vocabulary, and would take its time at each run.
 _LARGEST = 10_000
 
@@ -20,7 +23,7 @@ _CONTAINERS = (list, dict, set, deque)
 
 
 class KeptState:
-    """The buffers of a model, and what modules that are not torch's hold in plain attributes, as they are now.
+    """The buffers of a model, and what layers and modules of the user's hold in plain attributes, as they are now.
 
     Plain attributes are followed into lists, dictionaries, sets, tuples, and objects whose classes come from the same
     package as the module's, to the tensors and random generators that they hold.
@@ -28,7 +31,7 @@ class KeptState:
     Args:
         model: any model.
         but: modules whose buffers are left alone.
-        everywhere: also the plain attributes of torch's modules: what traces a model puts things there.
+        everywhere: also the plain attributes of torch's wrappers: what traces a model puts things there.
     """
 
     def __init__(self, model: nn.Module, but: Collection[nn.Module] = (), *, everywhere: bool = False) -> None:
@@ -36,8 +39,7 @@ class KeptState:
         self._buffers = [(one._buffers, dict(one._buffers)) for one in modules if one not in but]
         tensors = {id(one): one for _, buffers in self._buffers for one in buffers.values() if one is not None}
         left_out = {id(one) for module in modules for one in (*module._parameters.values(), *module._buffers.values())}
-        # Layers of torch keep nothing in plain attributes, and wrappers of torch what nobody should meddle with.
-        own = [one for one in modules if everywhere or package_of(one) not in OTHERS]
+        own = [one for one in modules if everywhere or _may_be_put_back(one)]
         self._attributes = [(vars(one), _plain(vars(one))) for one in own]
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
@@ -88,6 +90,10 @@ class _Copied:
 def _can_be_copied(tensor: Tensor) -> bool:
     """Say whether a tensor has values, in memory of its own, that may be written to."""
     return type(tensor.data) is Tensor and not tensor.is_inference() and tensor.layout is torch.strided
+
+
+def _may_be_put_back(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(_LAYERS) or package_of(module) not in OTHERS
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
