@@ -105,7 +105,7 @@ class Counting(nn.Sequential):
         fill_(self, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+        self.calls = self.calls + 1  # in place, torch could be interrupted before it knows that it wrote to it
         self.seen.append(len(x))
         return super().forward(x)
 
@@ -113,6 +113,11 @@ class Counting(nn.Sequential):
 def observing() -> tuple[nn.Module, Callable[[], object]]:
     model, rows = Counting(), randn(3, 16, seed=1, dtype=torch.float32)
     return model, lambda: plan_compression(model, 0.2, target="macs", example_inputs=rows, rank_multiple=1)
+
+
+def measuring() -> tuple[nn.Module, Callable[[], object]]:
+    model, rows = Counting(), randn(3, 16, seed=1, dtype=torch.float32)
+    return model, lambda: svd_compress_(model, 0.2, target="macs", example_inputs=rows, rank_multiple=1)
 
 
 def calibrating() -> tuple[nn.Module, Callable[[], object]]:
@@ -139,7 +144,9 @@ def restoring() -> tuple[nn.Module, Callable[[], object]]:
 
 
 _LOOKING = (planning, observing)
-WAYS = {one.__name__: one for one in (*_LOOKING, compressing, calibrating, loading, compressing_again, restoring)}
+WAYS = {
+    one.__name__: one for one in (*_LOOKING, compressing, measuring, calibrating, loading, compressing_again, restoring)
+}
 
 
 def structure(model: nn.Module) -> list[tuple[str, type, tuple[int, ...]]]:

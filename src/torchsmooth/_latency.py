@@ -16,6 +16,7 @@ from ._progress import progress
 from ._running import check_not_mapped, observing
 from ._swap import swap_
 from ._timing import median_nanoseconds
+from ._undo import Undo
 from ._weight_reads import watching_weights
 
 if TYPE_CHECKING:
@@ -132,13 +133,12 @@ def compare_times(
 
     ready: list[Callable[[], object]] = [as_it_was, low_rank]
     everything = nn.ModuleList([model, *replacements.values(), *expansion.originals])
-    try:
+    with Undo() as undo:
+        undo.add(swap_, model, back)
+        undo.add(expansion.put_back_)  # which is run before that
         with observing(everything):
             run = partial(inputs.run, model)
             before, after = median_nanoseconds([run, run], device_of(model), ready)
-    finally:
-        expansion.put_back_()
-        swap_(model, back)
     return before / 1e9, after / 1e9
 
 

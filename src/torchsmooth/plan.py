@@ -21,6 +21,7 @@ from ._ranks import ALONE
 from ._running import as_inputs
 from ._swap import swap_
 from ._table import format_rank, format_table
+from ._undo import Undo
 from .layer_plan import LayerPlan
 from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table, removed_share, without_refit
 
@@ -358,11 +359,10 @@ class CompressionPlan:
             if inputs is None:
                 return {"macs_before": self.macs_before, "macs_after": self.macs_after}
             before = count_macs(model, inputs)
-            try:
+            with Undo() as undo:
+                undo.add(swap_, model, {new: old for old, new in replacements.items()})
                 swap_(model, replacements)
                 after = count_macs(model, inputs)
-            finally:
-                swap_(model, {new: old for old, new in replacements.items()})
             return {"macs_before": before, "macs_after": after}
         if self.target == "latency" and inputs is not None:
             earlier, later = compare_times(model, inputs, replacements, expansion)
