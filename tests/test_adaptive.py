@@ -183,12 +183,29 @@ def test_closures_move_the_multiplier_once_a_step():
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_multiplier_moves_where_the_penalty_is_evaluated(every):
+def test_multiplier_moves_where_the_penalty_is_evaluated_by_the_steps_since(every):
     model = fill_(nn.Linear(6, 5).double(), 0)
     case = attached(model, Constrained(NuclearNorm(), 0.5, 0.1), lr=0.0, every=every)
     for step in range(7):
         case.optimizer.step()
-        assert multipliers_of(case)["weight"] == pytest.approx(0.1 * (step // every + 1))
+        assert multipliers_of(case)["weight"] == pytest.approx(0.1 * every * (step // every + 1))
+
+
+@few
+@given(seed=seeds, bound=st.floats(0.3, 0.7), every=st.integers(2, 5))
+@pytest.mark.parametrize("kind", [NuclearNorm, FirstDerivative])
+def test_bound_is_approached_as_fast_with_fewer_evaluations(kind, seed, bound, every):
+    taken = []
+    for steps in (1, every):
+        model = fill_(nn.Linear(6, 5).double(), seed)
+        case = attached(model, Constrained(kind(), bound, 0.001), lr=0.01, every=steps)
+        first, taken_now = LOOPS[kind](model.weight), 0
+        while LOOPS[kind](model.weight) > bound * first and taken_now < 5000:
+            case.optimizer.zero_grad()
+            case.optimizer.step()
+            taken_now += 1
+        taken.append(taken_now)
+    assert taken[1] == pytest.approx(taken[0], rel=0.1, abs=2 * every)
 
 
 def test_bound_is_taken_when_the_penalty_is_first_evaluated():

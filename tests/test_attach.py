@@ -47,7 +47,6 @@ OPTIMIZERS = {
     "nesterov": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
     "sgd_foreach": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, foreach=True),
     "sgd_fused": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, fused=True),
-    "sgd_maximize": lambda parameters: torch.optim.SGD(parameters, 0.01, maximize=True),
     "adamw": adamw(),
     "adamw_foreach": adamw(foreach=True),
     "adamw_fused": adamw(fused=True),
@@ -405,6 +404,49 @@ def test_penalties_registered_and_removed_later_count_from_the_next_step():
     assert_same_parameters(model, reference)
 
 
+MAXIMISING = {
+    "sgd": lambda groups: torch.optim.SGD(groups, 0.01, momentum=0.9),
+    "adamw": lambda groups: torch.optim.AdamW(groups, 0.01),
+}
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("optimizer", MAXIMISING)
+@few
+@given(seed=seeds)
+def test_parameters_that_are_maximised_become_smooth_too(optimizer, computed, seed):
+    models = []
+    for attach, maximize in ((True, False), (True, True), (True, "second"), (False, False)):
+        model = double_layers(seed)
+        if computed:
+            parametrizations.weight_norm(model[0])
+        groups = [{"params": list(layer.parameters()), "maximize": maximize is True} for layer in (model[0], model[2])]
+        groups[1]["maximize"] = bool(maximize)
+        steps = MAXIMISING[optimizer](groups)
+        if attach:
+            attach_(steps, model)
+        for step in range(4):
+            model.zero_grad()
+            (squares(model, step) + (0.0 if attach else penalty_loss(model))).backward()
+            for group in groups:  # what is descended by one is climbed by its negative
+                for one in group["params"] if group["maximize"] else ():
+                    one.grad.neg_()
+            steps.step()
+        models.append(model)
+    for one in models[:-1]:
+        assert_same_parameters(one, models[-1])
+
+
+@given(seed=seeds)
+@settings(max_examples=5)
+def test_of_a_value_that_is_maximised_the_penalties_are_taken_off(seed):
+    model = double_layers(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, maximize=True)
+    attach_(optimizer, model)
+    expected = (squares(model, 0) - penalty_loss(model)).item()
+    assert optimizer.step(lambda: squares(model, 0)).item() == pytest.approx(expected)
+
+
 def test_no_random_number_is_drawn():
     model = double_layers()
     optimizer = sgd(model.parameters())
@@ -455,7 +497,7 @@ def test_a_step_that_failed_does_not_keep_the_next_from_counting():
     model.zero_grad()
     before = model.weight.detach().clone()
     optimizer.step()
-    assert handle.step == 2
+    assert handle.step == 1
     assert not torch.equal(model.weight, before)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.utils import parametrizations
 
-from tests.networks import snapshot
+from tests.networks import Tied, snapshot
 from tests.training import assert_same_parameters, double_layers, sgd, smoothed, squares, trained
 from torchsmooth import (
     Constrained,
@@ -24,6 +24,7 @@ from torchsmooth import (
     RankTail,
     StrengthSchedule,
     attach_,
+    penalty_loss,
     remove_penalties,
     smooth_,
     svd_compress_,
@@ -82,6 +83,52 @@ def test_attaching_twice_is_refused(again):
         attach_(optimizer, again(model))
     take(model, optimizer, range(2))
     assert_same_parameters(model, trained(double_layers(), attach=True, steps=2), rtol=0.0, atol=0.0)
+
+
+def test_a_tied_weight_cannot_be_attached_in_two_parts():
+    model = smooth_(Tied(), NuclearNorm(0.1))
+    optimizer = sgd(model.parameters())
+    attach_(optimizer, model.embedding)
+    attach_(optimizer, model.body)
+    message = r"'weight' of this Linear is tied to 'weight' of the Embedding that is attached to this SGD already"
+    with pytest.raises(ValueError, match=message):
+        attach_(optimizer, model.head)
+    smooth_(remove_penalties(model.head), FirstDerivative(0.1))  # another penalty on the weight is one more
+    expected = torch.autograd.grad(penalty_loss(model), model.head.weight)
+    attach_(optimizer, model.head)
+    optimizer.step()
+    torch.testing.assert_close((model.head.weight.grad,), expected)
+
+
+def test_two_models_that_share_a_part_can_have_an_optimizer_each():
+    backbone = double_layers()
+    for head in (nn.Linear(4, 2), nn.Linear(4, 3)):
+        attach_(sgd(backbone.parameters()), nn.Sequential(backbone, head))
+
+
+@pytest.mark.parametrize("penalty", [NuclearNorm(0.1), CONSTRAINT])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_whose_closure_fails_leaves_no_trace(penalty, late):
+    def fail(model):
+        if not late:
+            raise RuntimeError("boom")
+        with torch.no_grad():  # found when the first layer has been evaluated
+            model[2].weight[0, 0] = torch.nan
+
+    found = []
+    for failures in (0, 2):
+        model, optimizer, handle = attached(penalty)
+        take(model, optimizer, range(1))
+        kept = copy.deepcopy(model.state_dict())
+        for _ in range(failures):
+            with pytest.raises((RuntimeError, ValueError), match="boom|NaN or infinite"):
+                optimizer.step(lambda model=model: fail(model))
+            model.load_state_dict(kept)
+            optimizer.zero_grad()
+        take(model, optimizer, range(1, 3))
+        assert handle.step == 3
+        found.append(model)
+    assert_same_parameters(*found, rtol=0.0, atol=0.0)
 
 
 def test_parts_of_a_model_can_be_attached_apart():
@@ -368,7 +415,7 @@ def test_weight_of_nan_is_named_at_the_step_and_nothing_moves(penalty, closure):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0.0, atol=0.0)
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert handle.step == 1 + closure
+    assert handle.step == 1
     # Back on good weights, training goes on.
     model.load_state_dict(good)
     handle.load_state_dict(state)

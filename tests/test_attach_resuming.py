@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.networks import mlp
 from tests.strategies import fill_
@@ -71,6 +72,26 @@ def test_a_replaced_penalty_can_be_asked_for_at_once():
     new = dataclasses.replace(TAIL, ratio=0.4)
     smooth_(handle.model, new)
     assert handle.adaptation(new).plan is not None
+
+
+@pytest.mark.parametrize("wrapped", [(False, True), (True, False)])
+@pytest.mark.parametrize("penalty", [CONSTRAINT, TAIL])
+def test_activation_checkpointing_may_be_put_in_and_left_out(penalty, wrapped):
+    states, models = [], []
+    for one in wrapped:
+        model = double_layers(0, penalty)
+        if one:
+            model[0] = checkpoint_wrapper(model[0])
+        optimizer = sgd(model.parameters())
+        parts = model, optimizer, attach_(optimizer, model)
+        for part, state in zip(parts, states, strict=bool(states)):
+            part.load_state_dict(state)
+        if not states:
+            take(model, optimizer, range(3))
+            states = copy.deepcopy([part.state_dict() for part in parts])
+        take(model, optimizer, range(3, 6))
+        models.append([value.detach() for value in model.parameters()])
+    assert all(map(torch.equal, *models))
 
 
 LAYERS = ("0", "2", "4")

@@ -24,13 +24,17 @@ class Gradients:
     """The gradients of one evaluation of the penalties, on their way to an optimizer's parameters.
 
     Args:
-        optimizer: only its parameters get gradients.
+        optimizer: only its parameters get gradients; those that it maximises, of the other sign.
         factor: what all gradients are multiplied with.
+
+    Attributes:
+        sign: of the value of the penalties in what the optimizer minimises or maximises.
     """
 
     def __init__(self, optimizer: Optimizer, factor: float) -> None:
-        parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        self._trained = {id(one): one for one in parameters if one.requires_grad}
+        groups = [(-1.0 if group.get("maximize") else 1.0, group["params"]) for group in optimizer.param_groups]
+        self._trained = {id(one): (one, sign) for sign, group in groups for one in group if one.requires_grad}
+        self.sign = max((sign for sign, _ in groups), default=1.0)
         self._factor = factor
         # A GradScaler leaves it to fused optimizers to unscale the gradients, which are still scaled here.
         self._scale: Tensor | None = getattr(optimizer, "grad_scale", None)
@@ -56,7 +60,7 @@ class Gradients:
         if self._scale is not None:
             gradient = gradient * self._scale.to(gradient.device)
         if tensor.is_leaf:
-            _accumulate(tensor, gradient, self._factor * strength)
+            _accumulate(tensor, gradient, self._trained[id(tensor)][1] * self._factor * strength)
             return
         before = self._computed.get(id(tensor))
         total = torch.zeros_like(tensor) if before is None else before[1]
@@ -64,7 +68,7 @@ class Gradients:
 
     def finish(self) -> None:
         """Send the gradients of computed tensors on to the parameters that they are computed from."""
-        parameters = list(self._trained.values())
+        parameters = [one for one, _ in self._trained.values()]
         if not self._computed or not parameters:
             return
         tensors = [one.tensor for one, _ in self._computed.values()]
@@ -76,9 +80,9 @@ class Gradients:
             labels = ", ".join(one.label for one, _ in self._computed.values())
             raise ValueError(_LOST.format(labels)) from error
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, found, strict=True):
+            for (parameter, sign), gradient in zip(self._trained.values(), found, strict=True):
                 if gradient is not None:
-                    _accumulate(parameter, gradient, 1.0)
+                    _accumulate(parameter, gradient, sign)
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor, factor: float) -> None:

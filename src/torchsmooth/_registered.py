@@ -28,6 +28,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
 
+# Steps of a path that are not of the model's own: none, and what torch.compile and checkpoint_wrapper put in between.
+_WRAPPERS = ("", "_orig_mod", "_checkpoint_wrapped_module")
+
 # Tensors of these that are laid out alike: beside the weight, what pruning and the older weight_norm compute it from.
 _LAID_OUT_ALIKE = ("weight", "weight_orig", "weight_v")
 
@@ -38,6 +41,19 @@ def penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
     return penalties
 
 
+def key_of(penalty: Penalty) -> object:
+    """Return what equal penalties share: themselves, or where their equality may not see all of them, the identity.
+
+    The equality of a dataclass knows its fields. A class derived from one, and no dataclass itself, inherits that, and
+    may have attributes beyond these.
+    """
+    try:
+        hash(penalty)
+    except TypeError:
+        return id(penalty)
+    return penalty if "__eq__" in vars(type(penalty)) else id(penalty)
+
+
 def label_of(module: nn.Module, tensor_name: str, qualified_name: str = "") -> str:
     """Name a tensor in an error."""
     owner = f"{qualified_name!r} ({type(module).__name__})" if qualified_name else type(module).__name__
@@ -45,9 +61,9 @@ def label_of(module: nn.Module, tensor_name: str, qualified_name: str = "") -> s
 
 
 def name_of(qualified_name: str, tensor_name: str) -> str:
-    """Name a tensor by the path to it; the name is the same before and after ``torch.compile``."""
+    """Name a tensor by the path to it; ``torch.compile`` and activation checkpointing do not change the name."""
     path = [*qualified_name.split("."), tensor_name]
-    return ".".join(part for part in path if part not in ("", "_orig_mod"))
+    return ".".join(part for part in path if part not in _WRAPPERS)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -92,9 +108,13 @@ class Use:
             return 1, False, padding_row(self.module, rows)
         return 1, False, None
 
+    def parameter(self) -> nn.Parameter | None:
+        """Return the parameter that the tensor is, if it is one."""
+        return self.module._parameters.get(self.tensor_name)
+
     def sources(self) -> list[nn.Parameter]:
         """Return the parameter that the tensor is, or those that it may be computed from; nothing is computed."""
-        own = self.module._parameters.get(self.tensor_name)
+        own = self.parameter()
         if own is not None:
             return [own]
         return self.known_sources() or list(self.module.parameters())
@@ -195,7 +215,7 @@ def checked_names(names: Collection[str], model: nn.Module, penalty: Penalty) ->
 
 def names_under(model: nn.Module, penalty: Penalty) -> set[str]:
     """Return the qualified names of the tensors that carry a penalty."""
-    return {use.name for use, one in uses_in(model) if one == penalty}
+    return {use.name for use, one in uses_in(model) if key_of(one) == key_of(penalty)}
 
 
 def _tensors_by(module: nn.Module, names: Iterable[str]) -> list[str]:
@@ -206,7 +226,7 @@ def _tensors_by(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 def registered_in(model: nn.Module) -> list[Registered]:
     """Gather what is registered in a model, with a strength above zero, in the order of its modules."""
-    found: dict[tuple[int, Penalty], Registered] = {}
+    found: dict[tuple[int, object], Registered] = {}
     model = unwrapped(model)
     sharded = sharded_for(model)
     for name, module in model.named_modules():
@@ -215,7 +235,7 @@ def registered_in(model: nn.Module) -> list[Registered]:
             tensor = sharded.get(id(tensor), tensor)
             for penalty in penalties:
                 if penalty.strength > 0.0:
-                    one = found.setdefault((id(tensor), penalty), Registered(tensor, penalty))
+                    one = found.setdefault((id(tensor), key_of(penalty)), Registered(tensor, penalty))
                     one.uses.append(Use(name, module, tensor_name))
     return list(found.values())
 
@@ -224,7 +244,7 @@ def together(registered: Iterable[Registered]) -> list[list[Registered]]:
     """Put tensors under one penalty and on one device together; those that have to be gathered stay alone."""
     groups: dict[object, list[Registered]] = {}
     for one in registered:
-        groups.setdefault(one if one.sharded else (one.penalty, one.tensor.device), []).append(one)
+        groups.setdefault(one if one.sharded else (key_of(one.penalty), one.tensor.device), []).append(one)
     return list(groups.values())
 
 

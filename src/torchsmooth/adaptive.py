@@ -41,11 +41,18 @@ class AdaptivePenalty(Penalty):
 
 
 class Adaptation(ABC):
-    """The moving part of an adaptive penalty, for one model and one training."""
+    """The moving part of an adaptive penalty, for one model and one training.
+
+    Attributes:
+        every: steps from one evaluation to the next, set by :func:`torchsmooth.attach_`, which adds so many times the
+            gradient there. What moves by some amount a step should move by so many times that amount.
+    """
+
+    every: int = 1
 
     @abstractmethod
     def advance(self, step: int) -> None:
-        """Get ready for a step at which the penalty is evaluated; called once for each, in order."""
+        """Get ready for a step at which the penalty is evaluated; called for each, in order, and again if it failed."""
 
     @abstractmethod
     def term(self, name: str, weight: Weight) -> tuple[Tensor, Tensor]:
@@ -75,7 +82,8 @@ class Constrained(AdaptivePenalty):
     .. math:: \lambda \leftarrow \left[\lambda + \mu\,(\min(R(W), R_0) / \kappa - 1)\right]_+
 
     and the gradient is :math:`\lambda \nabla R(W)`: nothing once the bound is met with room to spare. No strength
-    has to be found by hand; the rate μ says how fast it is approached.
+    has to be found by hand; the rate μ says how fast it is approached. With ``attach_(..., every=k)`` the multiplier
+    moves by k times as much at each k-th step.
 
     So the first value has to mean something: weights of ordinary initial sizes. A weight that is zero then is left
     alone, and one that begins close to zero is held close to it. Let the penalty begin later for such, by a schedule
@@ -135,9 +143,12 @@ class _Multipliers(Adaptation):
         self._multipliers: dict[str, Tensor] = {}
         self._bounds: dict[str, Tensor] = {}
         self._moved: set[str] = set()
+        self._step: int | None = None
 
-    def advance(self, step: int) -> None:  # noqa: ARG002
-        self._moved.clear()
+    def advance(self, step: int) -> None:
+        if step != self._step:  # a step that failed and is taken again moves nothing twice
+            self._moved.clear()
+        self._step = step
         self._forget_removed()
 
     def term(self, name: str, weight: Weight) -> tuple[Tensor, Tensor]:
@@ -152,7 +163,7 @@ class _Multipliers(Adaptation):
             # A weight that was zero from the start has a bound of zero, and is left alone.
             excess = torch.where(bound > 0, value / bound - 1.0, torch.zeros_like(value))
             excess = excess.clamp_max(1.0 / self._description.bound - 1.0)
-            multiplier = (multiplier + self._description.strength * excess).clamp_min(0.0)
+            multiplier = (multiplier + self.every * self._description.strength * excess).clamp_min(0.0)
             self._multipliers[name] = multiplier
             self._moved.add(name)
         return multiplier * value, multiplier * gradient
@@ -166,6 +177,7 @@ class _Multipliers(Adaptation):
         names = checked_names(bounds.keys(), self._model, self._description)
         self._multipliers = {name: multipliers[name] for name in bounds if name in names}
         self._bounds = {name: bounds[name] for name in bounds if name in names}
+        self._step = None
 
     def _forget_removed(self) -> None:
         """Forget weights that the penalty was removed from: it may come back, and is a new one then."""

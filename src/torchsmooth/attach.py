@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._accumulate import Gradients
 from ._checks import check_count, check_function, check_module, check_real, describe, quoted
-from ._registered import Registered, naming, registered_in, together, unwrapped, uses_in
+from ._registered import Registered, key_of, naming, registered_in, together, unwrapped, uses_in
 from ._sharded import sharded_for
 from ._stepping import closure_among, stepping, steps_under_way
 from .adaptive import Adaptation, AdaptivePenalty
@@ -41,7 +41,8 @@ def attach_(
     The same as adding ``penalty_loss(model)`` to the loss, to rounding, with no graph: gradients come in closed form.
     It counts once a step under gradient accumulation, sees gradients that a ``GradScaler`` has unscaled, and works with
     closures (whose loss it completes). Gradients are clipped before it, where clipping is part of the training loop.
-    Call it once; leave ``penalty_loss`` out of the loss.
+    Parameters that the optimizer maximises (``maximize=True``) get it with the other sign: weights become smooth there,
+    too. Call it once; leave ``penalty_loss`` out of the loss.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``, or one that passes the steps on to its attribute ``optimizer``, as
@@ -59,10 +60,10 @@ def attach_(
 
     Raises:
         TypeError: if an argument is of a wrong type.
-        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model
-            or a part of it is attached to this optimizer already, or ``every`` is out of range. While training: if a
-            penalty cannot be evaluated (the layer is named), or the schedule gives no factor. The step is not taken
-            then, but some gradients may have been added.
+        ValueError: if nothing is registered, no registered tensor is among the optimizer's parameters, the model, a
+            part of it or a tensor that is tied to one of it is attached to this optimizer already, or ``every`` is out
+            of range. While training: if a penalty cannot be evaluated (the layer is named), or the schedule gives no
+            factor. The step is not taken then, but some gradients may have been added.
 
     Example:
         >>> import torch, torchsmooth
@@ -84,15 +85,32 @@ def attach_(
     if schedule is not None:
         check_function(schedule, "schedule", "the step", 1)
     attached: dict[int, PenaltyHandle] = optimizer.__dict__.get(_HANDLES, {})
-    penalised = {use.module for use, _ in uses_in(model)}
-    if any(use.module in penalised for other in attached.values() for use, _ in uses_in(other.model)):
-        raise ValueError(
-            f"this {type(model).__name__}, or a part of it, is attached to this {type(optimizer).__name__} already, "
-            "and its penalties would count twice: call remove() on the handle of the first call."
-        )
+    for other in attached.values():
+        _check_apart(model, other.model, type(optimizer).__name__)
     handle = PenaltyHandle(optimizer, model, every, schedule)
     optimizer.__dict__[_HANDLES] = attached | {id(handle): handle}
     return handle
+
+
+def _check_apart(model: nn.Module, other: nn.Module, optimizer: str) -> None:
+    """Refuse a model of which something is attached already, as part of another."""
+    uses, others = list(uses_in(model)), list(uses_in(other))
+    if {use.module for use, _ in uses} & {use.module for use, _ in others}:
+        raise ValueError(
+            f"this {type(model).__name__}, or a part of it, is attached to this {optimizer} already, and its penalties "
+            "would count twice: call remove() on the handle of the first call."
+        )
+    # What is computed belongs to the module that computes it.
+    known = {(id(use.parameter()), key_of(penalty)): use for use, penalty in others if use.parameter() is not None}
+    for use, penalty in uses:
+        tied = known.get((id(use.parameter()), key_of(penalty)))
+        if tied is not None:
+            raise ValueError(
+                f"tensor {use.name!r} of this {type(model).__name__} is tied to {tied.name!r} of the "
+                f"{type(other).__name__} that is attached to this {optimizer} already, and {type(penalty).__name__} on "
+                "it would count twice: take it off one of the two by remove_penalties(layer), or call remove() on the "
+                "handle of the first call and attach one model that holds both."
+            )
 
 
 def _listed(penalties: Collection[str]) -> str:
@@ -107,7 +125,8 @@ class PenaltyHandle:
         every: steps from one evaluation to the next.
         schedule: the factor on all strengths, as a function of the step, or None.
         step: optimizer steps taken since the call, or in the checkpoint that was loaded and since. One that a
-            ``GradScaler`` skips does not count, except of a fused optimizer, which skips by itself.
+            ``GradScaler`` skips does not count, except of a fused optimizer, which skips by itself; nor does one that
+            ends in an error.
     """
 
     def __init__(
@@ -118,7 +137,7 @@ class PenaltyHandle:
         self._depth = 0
         # The names of tensors, under which a checkpoint keeps what adapts, do not depend on the wrapper.
         self._optimizer, self._inner = optimizer, unwrapped(model)
-        self._adaptations: dict[AdaptivePenalty, Adaptation] = {}
+        self._adaptations: dict[object, tuple[AdaptivePenalty, Adaptation]] = {}
         uses = [use for use, _ in uses_in(self._inner)]
         if not uses:
             raise ValueError(
@@ -156,19 +175,24 @@ class PenaltyHandle:
         Raises:
             ValueError: if none is.
         """
-        if penalty not in self._adaptations:
+        key = key_of(penalty)
+        if key not in self._adaptations:
             self._renew()
-        if penalty not in self._adaptations:
-            known = _listed([repr(one) for one in self._adaptations])
+        if key not in self._adaptations:
+            known = _listed(self._by_name())
             raise ValueError(f"{penalty} is not among the adaptive penalties of this handle: it has {known}.")
-        return self._adaptations[penalty]
+        return self._adaptations[key][1]
+
+    def _by_name(self) -> dict[str, Adaptation]:
+        """Return what adapts as a checkpoint knows it."""
+        return {repr(penalty): one for penalty, one in self._adaptations.values()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the state of adaptive penalties, for the training checkpoint."""
         self._renew()
         return {
             "step": self.step,
-            "adaptive": {repr(penalty): one.state_dict() for penalty, one in self._adaptations.items()},
+            "adaptive": {name: one.state_dict() for name, one in self._by_name().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,7 +205,7 @@ class PenaltyHandle:
             ValueError: if it is something else.
         """
         self._renew()
-        mine = {repr(penalty): one for penalty, one in self._adaptations.items()}
+        mine = self._by_name()
         given: object = state
         parts = given if isinstance(given, Mapping) else {}
         step, adaptive = parts.get("step"), parts.get("adaptive")
@@ -271,11 +295,10 @@ class PenaltyHandle:
             registered = self._registered()
             self._warn_of_replaced_layers(len(registered))
             self._begin(registered)
-            for adaptation in self._adaptations.values():
-                adaptation.advance(self.step)
+            for begun in self._adaptations.values():
+                begun[1].advance(self.step)
             if found is None:
                 self._add_gradients(factor, with_value=False)
-        self.step += 1
         if factor == 0.0 or found is None:
             return None
         place, closure = found
@@ -291,6 +314,9 @@ class PenaltyHandle:
         return args, kwargs | {place: completed}
 
     def _after_step(self, *_: object) -> None:
+        # Of steps within each other the outermost ends last; one that began before the handle is none of its.
+        if self._depth == 1:
+            self.step += 1
         self._depth = max(0, self._depth - 1)
 
     def _factor(self) -> float:
@@ -315,7 +341,7 @@ class PenaltyHandle:
                 for one, value, gradient, strength in self._terms(many, with_value=with_value):
                     gradients.add(one, gradient, strength)
                     if value is not None:
-                        values.append(factor * strength * value)
+                        values.append(gradients.sign * factor * strength * value)
                     del gradient  # or it would be held while the next weight is gathered
         gradients.finish()
         return added(values) if values else None
@@ -325,7 +351,7 @@ class PenaltyHandle:
     ) -> Iterator[tuple[Registered, Tensor | None, Tensor, float]]:
         """Value, if wanted, gradient and strength of one penalty, for each of some tensors."""
         penalty = many[0].penalty
-        adaptation = self._adaptations.get(penalty) if isinstance(penalty, AdaptivePenalty) else None
+        _, adaptation = self._adaptations.get(key_of(penalty), (None, None))
         if adaptation is None and not with_value:
             with naming(many):
                 for index, gradient in penalty.gradients([one.weight() for one in many]):
@@ -347,10 +373,19 @@ class PenaltyHandle:
 
     def _begin(self, registered: Iterable[Penalty]) -> None:
         """Start what adapts and is registered by now, and drop what is no longer."""
-        penalties = dict.fromkeys(penalty for penalty in registered if penalty.strength > 0.0)
+        adaptive = {key_of(one): one for one in registered if one.strength > 0.0 and isinstance(one, AdaptivePenalty)}
+        if len({repr(one) for one in adaptive.values()}) < len(adaptive):
+            raise ValueError(
+                f"different adaptive penalties have the same repr, by which checkpoints know them, among "
+                f"{_listed([repr(one) for one in adaptive.values()])}: derive them as frozen dataclasses, with what "
+                "they differ by as fields."
+            )
         before = self._adaptations
         self._adaptations = {
-            one: before[one] if one in before else one.begin(self._inner)
-            for one in penalties
-            if isinstance(one, AdaptivePenalty)
+            key: before[key] if key in before else (one, self._started(one)) for key, one in adaptive.items()
         }
+
+    def _started(self, penalty: AdaptivePenalty) -> Adaptation:
+        adaptation = penalty.begin(self._inner)
+        adaptation.every = self.every
+        return adaptation

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import functional
-from ._checks import check_choice, check_real
+from ._checks import check_choice, check_real, describe
 from ._derivatives import squared_differences, squared_differences_gradient
 from ._linalg import without_autocast
 from ._matricise import SCHEMES, Scheme, scheme_for
@@ -23,12 +23,22 @@ if TYPE_CHECKING:
 
 __all__ = ["FirstDerivative", "NuclearNorm", "NuclearRatio", "Penalty", "SecondDerivative", "Weight"]
 
+# What each closed form stands for: where one of these is overridden, a form inherited from further up is of another
+# function.
+_STANDS_FOR = {
+    "value_and_gradient": ("__call__",),
+    "gradient": ("__call__", "value_and_gradient"),
+    "total": ("__call__",),
+    "gradients": ("__call__", "value_and_gradient", "gradient"),
+}
+
 
 @dataclass(frozen=True)
 class Penalty(ABC):
     """What a penalty is: a strength and a function of a weight.
 
-    Derive a frozen dataclass from it, with a method :meth:`__call__`, to register a penalty of your own.
+    Derive a frozen dataclass from it, with a method :meth:`__call__`, to register a penalty of your own. A class that
+    is derived from one of the library's may override that alone: the closed forms that it inherits are not used then.
 
     Args:
         strength: the factor in front of the penalty, finite and ≥ 0.
@@ -39,6 +49,13 @@ class Penalty(ABC):
     """
 
     strength: float
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, others in _STANDS_FOR.items():
+            depth = _depth(cls, name)
+            if cls.__mro__[depth] is not Penalty and any(_depth(cls, other) < depth for other in others):
+                setattr(cls, name, vars(Penalty)[name])
 
     def __post_init__(self) -> None:
         name = f"strength of {type(self).__name__}"
@@ -78,7 +95,7 @@ class Penalty(ABC):
         """
         with torch.enable_grad():
             leaf = weight.detach().requires_grad_()
-            value = self(leaf, groups=groups, transposed=transposed)
+            value = _scalar(self(leaf, groups=groups, transposed=transposed))
             if not value.requires_grad:
                 return value, torch.zeros_like(leaf, requires_grad=False)
             (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
@@ -108,8 +125,9 @@ class Penalty(ABC):
         Returns:
             A scalar, on the device of the first.
         """
-        terms = [self(tensor, groups=groups, transposed=transposed) for tensor, groups, transposed in weights]
-        return added(terms)
+        return added(
+            [_scalar(self(tensor, groups=groups, transposed=transposed)) for tensor, groups, transposed in weights]
+        )
 
     def gradients(self, weights: Sequence[Weight]) -> Iterator[tuple[int, Tensor]]:
         """Yield the gradient of each of some weights, with its index among them, in any order.
@@ -122,6 +140,21 @@ class Penalty(ABC):
         """
         for index, (tensor, groups, transposed) in enumerate(weights):
             yield index, self.gradient(tensor, groups=groups, transposed=transposed)
+
+
+def _depth(cls: type, name: str) -> int:
+    """Count the classes before the one that a class has a method from."""
+    return next(depth for depth, one in enumerate(cls.__mro__) if name in vars(one))
+
+
+def _scalar(value: object) -> Tensor:
+    """Refuse what a penalty of a user's own returns, unless it is a scalar."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else describe(value)
+    raise TypeError(
+        f"the penalty must return a tensor of shape (), got {got}: add up its entries by .sum(), and leave out .item()."
+    )
 
 
 def added(terms: Sequence[Tensor]) -> Tensor:
@@ -253,8 +286,9 @@ class _Derivative(Penalty):
 
     def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
         """Evaluate the penalty and its gradient, in closed form."""
-        gradient = self.gradient(weight, groups=groups, transposed=transposed)
-        return self(weight.detach(), groups=groups, transposed=transposed), gradient
+        # Those of this class: a derived one may build its own on what is returned here.
+        gradient = _Derivative.gradient(self, weight, groups=groups, transposed=transposed)
+        return _Derivative.__call__(self, weight.detach(), groups=groups, transposed=transposed), gradient
 
     def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
         """Return the gradient, in closed form; the differences do not care which axis holds the outputs."""

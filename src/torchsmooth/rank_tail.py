@@ -16,7 +16,7 @@ from ._linear_parts import DENSE_LINEAR
 from ._lowrank_layer import LowRankLayer
 from ._matricise import FORMS, Matricisation
 from ._planner import Filter
-from ._registered import checked_names, name_of, padding_row, penalties_of, unwrapped, without_row
+from ._registered import checked_names, key_of, name_of, padding_row, penalties_of, unwrapped, without_row
 from ._tucker import tucker_core, tucker_factors, tucker_product
 from ._whole import check_whole
 from ._workpiece import Request
@@ -248,7 +248,8 @@ class TailPlan(Adaptation):
         return {
             module: name_of(qualified_name, "weight")
             for qualified_name, module in self._model.named_modules()
-            if _kind_of(module) is not None and self._description in penalties_of(module).get("weight", ())
+            if _kind_of(module) is not None
+            and key_of(self._description) in map(key_of, penalties_of(module).get("weight", ()))
         }
 
 
