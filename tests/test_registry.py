@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from tests.networks import COPIES
 from tests.reference import penalties as reference
@@ -84,6 +84,36 @@ def test_registering_changes_nothing_else(kind, layer):
     assert repr(module) == text
     assert all(parameters[name] is parameter for name, parameter in module.named_parameters())
     assert set(vars(remove_penalties(module, "weight"))) == attributes
+
+
+class Noisy(nn.Module):
+    """A parametrization that draws random numbers and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight + torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("compute", [parametrizations.spectral_norm, Noisy])
+def test_registering_on_what_is_computed_moves_nothing(compute):
+    layer = fill_(nn.Linear(20, 20), 0)
+    _ = parametrize.register_parametrization(layer, "weight", Noisy()) if compute is Noisy else compute(layer)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    random = torch.get_rng_state()
+    smooth_(layer, NuclearNorm(0.1))
+    register_penalty(layer, "weight", FirstDerivative(0.1))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_is_computed_can_be_registered_before_it_has_values():
+    with torch.device("meta"):
+        layer = parametrizations.spectral_norm(nn.Linear(4, 3))
+    assert is_penalized(smooth_(layer, NuclearNorm(0.1)), "weight")
 
 
 def test_arguments_come_in_the_order_of_register_parametrization():

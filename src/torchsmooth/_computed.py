@@ -145,3 +145,28 @@ def computed_tensors(module: nn.Module) -> Iterator[tuple[str, object]]:
         finally:
             for one, mode in modes:
                 one.training = mode
+
+
+def untouched(module: nn.Module, name: str) -> object:
+    """Read a tensor of a module, or None; where that runs code, put back what the code may change.
+
+    What a hook computes before each forward pass is computed here as well: the attribute is of the last one.
+    Some parametrizations move their buffers when they are read in training mode (``spectral_norm``), and one may draw
+    random numbers. Inside ``parametrize.cached`` the first to read reads for all: the next forward pass will use what
+    is computed here, so gradients stay enabled and nothing is put back.
+    """
+    if is_hooked(module, name):
+        return dict(computed_tensors(module))[name]
+    if not parametrize.is_parametrized(module, name) or parametrize._cache_enabled:
+        return getattr(module, name, None)
+    parametrization: Any = module.parametrizations[name]  # type: ignore[index]
+    before = [(buffer, buffer.clone()) for buffer in parametrization.buffers()]
+    with random_state_kept(parametrization):
+        tensor: object = getattr(module, name)
+    with torch.no_grad():
+        for buffer, value in before:
+            if not buffer.is_meta and not torch.equal(
+                buffer, value
+            ):  # an unchanged one is not written, or a graph that holds it would break
+                buffer.copy_(value)
+    return tensor

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ._checks import FLOAT_DTYPES, describe, is_quantised, is_wanted, kind_of_tensor
-from ._computed import computed_tensors, is_hooked, random_state_kept
+from ._computed import untouched
 from ._registered import LAYERS, name_of
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ def read_weight(module: nn.Module, label: str) -> Tensor:
         TypeError: if the weight is not of a real floating dtype.
         ValueError: if there is none, or it is not initialised, of fewer than two axes, or sharded.
     """
-    weight = _untouched(module)
+    weight = untouched(module, "weight")
     if not isinstance(weight, Tensor):
         raise ValueError(f"{label} must have a tensor as its weight, got {describe(weight)}: leave it out.")
     check_weight(weight, f"the weight of {label}")
@@ -94,26 +92,3 @@ def check_weight(weight: Tensor, what: str) -> None:
             f"{what} must be whole, got a sharded one ({type(weight).__name__}): gather the parameters first, on every "
             "process (model.unshard()), or look at a gathered copy of the model."
         )
-
-
-def _untouched(module: nn.Module) -> object:
-    """Read ``module.weight``; where that runs code, put back what the code may change.
-
-    What a hook computes before each forward pass is computed here as well: the attribute is of the last one.
-    Some parametrizations move their buffers when they are read in training mode (``spectral_norm``), and one may draw
-    random numbers. Inside ``parametrize.cached`` the first to read reads for all: the next forward pass will use what
-    is computed here, so gradients stay enabled and nothing is put back.
-    """
-    if is_hooked(module, "weight"):
-        return dict(computed_tensors(module))["weight"]
-    if not parametrize.is_parametrized(module, "weight") or parametrize._cache_enabled:
-        return getattr(module, "weight", None)
-    parametrization: Any = module.parametrizations["weight"]  # type: ignore[index]
-    before = [(buffer, buffer.clone()) for buffer in parametrization.buffers()]
-    with random_state_kept(parametrization):
-        weight: object = module.weight
-    with torch.no_grad():
-        for buffer, value in before:
-            if not torch.equal(buffer, value):  # an unchanged one is not written, or a graph that holds it would break
-                buffer.copy_(value)
-    return weight

@@ -22,6 +22,7 @@ from ._checks import (
     is_wanted,
     quoted,
 )
+from ._computed import untouched
 from ._registered import ATTRIBUTE, LAYERS, label_of, penalties_of, unwrapped
 from .penalties import Penalty
 
@@ -34,7 +35,7 @@ __all__ = ["is_penalized", "register_penalty", "remove_penalties", "smooth_"]
 def _check_target(module: nn.Module, tensor_name: str, qualified_name: str = "") -> None:
     """Refuse what cannot be penalised, before anything is registered."""
     label = label_of(module, tensor_name, qualified_name)
-    tensor = getattr(module, tensor_name, None)
+    tensor = untouched(module, tensor_name)
     if not isinstance(tensor, Tensor):
         there = quoted([name for name, _ in module.named_parameters(recurse=False)]) or "no parameters of its own"
         what = "does not exist" if tensor is None else f"is {describe(tensor)}, not a tensor"
