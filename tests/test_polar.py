@@ -105,6 +105,18 @@ def test_the_factor_does_not_see_the_scale(method, scale):
     assert torch.allclose(scaled_values.double() / scale, values.double(), rtol=max(ACCURACY[method], 1e-5))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@given(exponent=st.integers(-1000, 1000), rows=st.integers(1, 6), columns=st.integers(1, 6), seed=seeds)
+def test_a_power_of_two_is_taken_out_exactly_in_double_precision(method, exponent, rows, columns, seed):
+    matrix = randn(1, rows, columns, seed=seed)
+    values, polars = nuclear_norms_and_polars(matrix, method)
+    scaled_values, scaled = nuclear_norms_and_polars(torch.ldexp(matrix, torch.tensor(exponent)), method)
+    accuracy = 1e-12 if method == "svd" else 0.0
+    torch.testing.assert_close(scaled, polars, rtol=0.0, atol=1e-9 if method == "svd" else 0.0)
+    expected = torch.ldexp(values, torch.tensor(exponent))
+    torch.testing.assert_close(scaled_values, expected, rtol=accuracy, atol=0.0)
+
+
 @pytest.mark.parametrize("method", [*EXACT, "polar_express"])  # bfloat16 rounds some into them
 def test_directions_that_a_matrix_does_not_have_get_no_gradient(method):
     rank_two = spectrum_of([2.0, 1.0], 8, 6, seed=3)

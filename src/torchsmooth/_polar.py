@@ -86,6 +86,9 @@ def nuclear_norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Ten
     if method in ("polar_express", "polar_express_bf16"):
         return _by_products(matrices, torch.bfloat16 if method == "polar_express_bf16" else matrices.dtype)
     tolerance = torch.finfo(matrices.dtype).eps * max(matrices.shape[-2:])
+    exponents = None
+    if method == "eigh" and matrices.dtype == torch.float64:  # which holds the squares of all that is narrower
+        matrices, exponents = _scaled(matrices)
     work = working_copy(matrices)
     tall = work.shape[-2] > work.shape[-1]
     wide = work.mT if tall else work
@@ -106,17 +109,15 @@ def nuclear_norms_and_polars(matrices: Tensor, method: PolarMethod) -> tuple[Ten
         if not torch.compiler.is_compiling() and not matrices.is_meta and bool(small.all()):
             root, wide = root.to(matrices), (matrices.mT if tall else matrices)
         polars = root @ wide
-    return values.sum(-1).to(matrices), (polars.mT if tall else polars).to(matrices)
+    norms = values.sum(-1) if exponents is None else torch.ldexp(values.sum(-1), exponents[:, 0, 0])
+    return norms.to(matrices), (polars.mT if tall else polars).to(matrices)
 
 
 def _by_products(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same by matrix products alone, in ``dtype``."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if tall else matrices
-    # By a power of two, so that squares stay in range and nothing is rounded. A zero matrix stays zero.
-    largest = wide.abs().amax((-2, -1), keepdim=True)
-    scaled = torch.ldexp(wide, -torch.frexp(largest).exponent)
-    x = scaled.to(dtype)
+    x = _scaled(wide)[0].to(dtype)
     cushion = 1.0 if dtype != torch.bfloat16 else _CUSHION
     gram = x @ x.mT
     size = _bounds(gram) * cushion
@@ -130,6 +131,16 @@ def _by_products(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     polars = x.to(matrices)
     values = (wide * polars).sum((-2, -1))
     return values, (polars.mT if tall else polars)
+
+
+def _scaled(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each matrix by a power of two, so that squares stay in range and nothing is rounded; zero stays zero.
+
+    Returns:
+        The matrices, and the exponents, ``(batch, 1, 1)``.
+    """
+    exponents = torch.frexp(matrices.abs().amax((-2, -1), keepdim=True)).exponent
+    return torch.ldexp(matrices, -exponents), exponents
 
 
 def _bounds(gram: Tensor) -> Tensor:
