@@ -95,6 +95,14 @@ def test_last_step_is_at_full_strength_unless_an_end_is_set():
     assert StrengthSchedule(10, end=0.9)(9) == 0.0
 
 
+@given(total=st.integers(1, 50), corners=st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted))
+def test_constant_strength_needs_no_corner_between_its_ends(total, corners):
+    begin, end = corners
+    schedule = StrengthSchedule(total, "constant", begin=begin, end=end)
+    expected = [float(begin <= step / total and (step / total < end or end == 1.0)) for step in range(total)]
+    assert [schedule(step) for step in range(total)] == expected
+
+
 @given(schedule=schedules())
 def test_schedules_are_values(schedule):
     for twin in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule)), dataclasses.replace(schedule)):
@@ -126,8 +134,19 @@ def test_every_real_number_is_a_corner(number):
         (ValueError, "end must be finite, got inf", {"end": math.inf}),
         (ValueError, "begin must be finite, got nan", {"begin": math.nan}),
         (ValueError, "0 ≤ begin ≤ full ≤ end ≤ 1, got begin=-0.1, full=0.5, end=1.0", {"begin": -0.1}),
-        (ValueError, "begin ≤ full .* got begin=0.6, full=0.5, end=1.0", {"begin": 0.6}),
-        (ValueError, "full ≤ end .* got begin=0.0, full=0.5, end=0.4", {"end": 0.4}),
+        (
+            ValueError,
+            "begin ≤ full .* got begin=0.6, full=0.5, end=1.0. Without a value of its own full is",
+            {"begin": 0.6},
+        ),
+        (
+            ValueError,
+            "full ≤ end .* got begin=0.0, full=0.5, end=0.4. Without a value of its own full is",
+            {"end": 0.4},
+        ),
+        (ValueError, "got begin=0.6, full=0.4, end=1.0.$", {"begin": 0.6, "full": 0.4}),
+        (ValueError, "begin ≤ end ≤ 1, got begin=0.6, end=0.5", {"shape": "constant", "begin": 0.6, "end": 0.5}),
+        (TypeError, "full must be a real number, got None", {"shape": "constant", "full": None}),
         (ValueError, "end ≤ 1, got begin=0.0, full=0.5, end=1.1", {"end": 1.1}),
     ],
 )

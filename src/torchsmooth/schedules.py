@@ -25,7 +25,7 @@ class StrengthSchedule:
         shape: how it rises from ``begin`` to ``full``: ``"linear"``; ``"cosine"``, half a cosine wave; or
             ``"constant"``, at once: one from ``begin`` on.
         begin: when it starts to rise, as a fraction of the training, 0 ≤ ``begin`` ≤ 1.
-        full: when it reaches one, ``begin`` ≤ ``full`` ≤ 1.
+        full: when it reaches one, ``begin`` ≤ ``full`` ≤ 1. Not used by ``"constant"``.
         end: when it falls to zero, ``full`` ≤ ``end`` ≤ 1, for last epochs without the penalty. With 1 it never does.
 
     Raises:
@@ -49,10 +49,19 @@ class StrengthSchedule:
         check_count(self.total_steps, "total_steps", None, "optimizer steps of the whole training")
         check_choice(self.shape, "shape", get_args(Shape))
         begin, full, end = (check_real(getattr(self, name), name) for name in ("begin", "full", "end"))
-        if not 0.0 <= begin <= full <= end <= 1.0:
+        if self.shape == "constant":
+            if not 0.0 <= begin <= end <= 1.0:
+                raise ValueError(
+                    "begin and end are fractions of the training with 0 ≤ begin ≤ end ≤ 1, got "
+                    f"begin={begin}, end={end}."
+                )
+        elif not 0.0 <= begin <= full <= end <= 1.0:
+            default = ""
+            if full == type(self).full and 0.0 <= begin <= end <= 1.0:
+                default = f" Without a value of its own full is {full}: give one from begin to end, too."
             raise ValueError(
                 "begin, full and end are fractions of the training with 0 ≤ begin ≤ full ≤ end ≤ 1, got "
-                f"begin={begin}, full={full}, end={end}."
+                f"begin={begin}, full={full}, end={end}.{default}"
             )
 
     def __call__(self, step: int) -> float:
