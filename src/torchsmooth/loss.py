@@ -25,9 +25,10 @@ def penalty_loss(model: nn.Module) -> Tensor:
 
     Add it to the loss of each step; :func:`torchsmooth.attach_` does the same at less cost. A weight that is shared
     between layers counts once for each different penalty. The row of an Embedding's ``padding_idx``, which is never
-    trained, is left out (unless another layer shares it). With ``fully_shard``, call it on every process, before or
-    after the forward pass; one layer at a time is gathered, and the sharded parameters are what is penalised, in their
-    own dtype.
+    trained, is left out (unless the penalty is on another layer, too, that shares it). A parametrized weight is read as
+    in a forward pass: that of ``spectral_norm`` takes one more power iteration, in training mode. With ``fully_shard``,
+    call it on every process, before or after the forward pass; one layer at a time is gathered, and the sharded
+    parameters are what is penalised, in their own dtype.
 
     Args:
         model: a module; wrapped (DataParallel, DistributedDataParallel, torch.compile) or not.
