@@ -116,10 +116,8 @@ class Workshop:
         if known is not None:
             for scheme, layout in self._layouts(layer).items():
                 errors: Tensor = known["errors"][scheme]
-                rounding = (
-                    float(known["roundoff"]),
-                    float(known.get("spacing", 0.0)),
-                )  # of a draft from before there was
+                # A draft of an earlier version has no spacing.
+                rounding = float(known["roundoff"]), float(known.get("spacing", 0.0))
                 options[scheme] = Option(layout, errors, importance * errors, *rounding)
         plan = LayerPlan(layer.name, layer.type, layer.shape, options, layer.reason, forms=self._terms.forms)
         plan.parameters_before = layer.parameters

@@ -165,8 +165,7 @@ def untouched(module: nn.Module, name: str) -> object:
         tensor: object = getattr(module, name)
     with torch.no_grad():
         for buffer, value in before:
-            if not buffer.is_meta and not torch.equal(
-                buffer, value
-            ):  # an unchanged one is not written, or a graph that holds it would break
+            # An unchanged one is not written, or a graph that holds it would break.
+            if not buffer.is_meta and not torch.equal(buffer, value):
                 buffer.copy_(value)
     return tensor
