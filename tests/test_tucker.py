@@ -20,7 +20,7 @@ from tests.strategies import HARD_KINDS, convolutions, fill_, hard_matrix, randn
 from torchsmooth import TuckerConv2d
 from torchsmooth._macs import count_macs
 from torchsmooth._running import as_inputs
-from torchsmooth._tucker import tucker_errors, tucker_factors, tucker_product
+from torchsmooth._tucker import signed, tucker_bases, tucker_errors, tucker_factors, tucker_product
 from torchsmooth._tucker_layout import TuckerLayout
 from torchsmooth._tucker_spectrum import TuckerSpectrum
 from torchsmooth._whitening import Output, tucker_output_errors
@@ -391,3 +391,12 @@ def test_small_tails_of_pairs_are_not_lost_beside_large_energies():
     tails = torch.cat([sizes.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]) / sizes.sum()
     assert torch.allclose(errors[-1], tails, rtol=1e-12, atol=0)
     assert torch.allclose(errors[:, -1], tails, rtol=1e-12, atol=0)
+
+
+@given(seeds, st.sampled_from([(3, 5), (2, 8), (3, 8)]), st.sampled_from([torch.float32, torch.float64]))
+def test_where_one_side_is_whole_the_first_bases_are_the_best_and_stay(seed, ranks, dtype):
+    weight = randn(1, 8, 3, 6, seed=seed, dtype=dtype)
+    outer, inner = tucker_bases(weight)
+    up, _, down = tucker_factors(weight, ranks)
+    assert torch.allclose(down.mT, signed(inner[..., : ranks[0]]), rtol=0, atol=1e-9)
+    assert torch.allclose(up, signed(outer[..., : ranks[1]]), rtol=0, atol=1e-9)

@@ -22,6 +22,9 @@ from ._linalg import eigen, inner_products, orthonormal, working_copy
 # from what is missing, each further one about a tenth of what the last one took: below this share, the rest is left.
 _SWEEPS, _WORTH_A_SWEEP = 3, 1e-3
 
+# What a sweep has to gain, of all that is caught: bases that are best already would be changed for others by rounding.
+_ROUNDING = 1e-12
+
 
 def _scaled(tensors: Tensor) -> tuple[Tensor, Tensor]:
     """Divide by a power of two, so that squares stay in the range of float64; also return that power."""
@@ -158,7 +161,7 @@ def tucker_factors(
             newest = _basis(projected.flatten(2), r_in, exact=exact)
             candidate = torch.einsum("giak,gib->gabk", projected, newest)
             now = candidate.square().sum((1, 2, 3))
-            better = now > caught
+            better = now - caught > _ROUNDING * caught
             if not bool(better.any()):
                 break
             pick = better[:, None, None]
