@@ -61,3 +61,12 @@ def test_an_error_of_whoever_writes_stays_what_it_is(tmp_path):
     with pytest.raises(OSError, match="^of another file$"), whole_file(tmp_path / "small.pt"):
         raise OSError("of another file")
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe' is no regular file, and would be replaced by one"), whole_file(pipe):
+        pass
+    assert pipe.is_fifo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -166,3 +167,44 @@ def test_a_loader_that_fills_what_it_gave_anew_is_refused(kind):
     for loader in (filled, replaced):
         with pytest.raises(ValueError, match="data: batch 0 was written to after it was given"):
             collect(loader(), "data")
+
+
+class Lazy(Mapping):
+    """Makes its tensors when they are asked for."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def __getitem__(self, name):
+        return torch.tensor(self.arrays[name])
+
+    def __iter__(self):
+        return iter(self.arrays)
+
+    def __len__(self):
+        return len(self.arrays)
+
+
+def test_a_mapping_that_makes_its_tensors_anew_is_not_one_that_was_written_to():
+    (kept,) = collect([Lazy({"images": [[1.0, 2.0]]})], "batches")
+    assert run(Named(), kept).tolist() == [[1.0, 2.0]]
+
+
+class ReadOnly(dict):
+    def __setitem__(self, name, value):
+        raise TypeError("read only")
+
+
+class Sized(list):
+    def __new__(cls, size):
+        return super().__new__(cls)
+
+    def __init__(self, size):
+        super().__init__([torch.ones(size)])
+
+
+@pytest.mark.parametrize("value", [ReadOnly(one=torch.ones(3)), Sized(3)], ids=lambda one: type(one).__name__)
+def test_what_cannot_be_copied_is_handed_on(value):
+    given = []
+    run(lambda images: given.append(images), {"images": value})  # noqa: PLW0108 - by keyword
+    assert given[0] is value

@@ -12,6 +12,7 @@ from tests.networks import Shared, mlp, same, small_resnet, snapshot
 from tests.reference import calibration as reference
 from tests.strategies import fill_, randn
 from torchsmooth import _calibration as room
+from torchsmooth import svd_compress_
 from torchsmooth._calibration import Calibration, grouped_weight, width_of
 from torchsmooth._layers import KINDS
 from torchsmooth._moments import Moments
@@ -295,3 +296,22 @@ def test_batches_are_kept_once():
     assert Calibration.of(calibration, None) is calibration
     assert Calibration.of(None, None) is None
     assert Calibration.of([IMAGES], False).batches[0] is IMAGES
+
+
+class Branching(nn.Module):
+    """Decides by an operator of higher order, as flex_attention is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
+
+
+def test_operators_of_higher_order_are_looked_through():
+    model = fill_(Branching(), 0)
+    report = svd_compress_(model, 0.4, calibration=[randn(64, 32, seed=seed, dtype=torch.float32) for seed in (0, 1)])
+    assert report["first"].rank
+    assert report["second"].rank

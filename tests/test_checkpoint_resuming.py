@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -333,3 +334,23 @@ def test_a_folder_that_is_there_is_worked_in_for_it_may_be_on_another_disk(tmp_p
     compress_checkpoint(source, tmp_path / "link", 0.5)
     assert names(tmp_path / "real") == ["model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"]
     assert (tmp_path / "link").is_symlink()
+
+
+def test_a_source_that_is_away_for_a_moment_costs_no_progress(tmp_path, monkeypatch):
+    source, target = save(mlp(sizes=SIZES).state_dict(), tmp_path, "safetensors"), out(tmp_path, "safetensors")
+    watch, original, calls = Watch(monkeypatch), Workshop.decompose, []
+
+    def lost(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            source.rename(tmp_path / "away")
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workshop, "decompose", lost)
+        with pytest.raises(OSError, match=re.escape(source.name)):
+            compress_checkpoint(source, target, 0.5)
+    (tmp_path / "away").rename(source)
+    before = watch.counts["decompose"]
+    compress_checkpoint(source, target, 0.5)
+    assert watch.counts["decompose"] - before == LAYERS - 1

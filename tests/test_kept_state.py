@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import weakref
 from collections import deque
 from fractions import Fraction
 from types import SimpleNamespace
@@ -413,3 +414,14 @@ def test_layers_that_get_another_number_of_rows_are_fitted_all_the_same():
             wanted = expert(x)
             errors = [float((one.experts[index](x) - wanted).norm()) for one in (model, plain)]
             assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_weak_proxy_among_the_attributes_is_no_hindrance(alive):
+    model = fill_(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), 0)
+    cache = Cache()
+    model.cache, model.kind = weakref.proxy(cache), weakref.proxy(Cache)
+    if not alive:
+        del cache
+    report = svd_compress_(model, 0.5, calibration=[rows(64, 32)])
+    assert report["0"].rank

@@ -550,3 +550,19 @@ def test_tied_factors_stay_as_they_are():
     report = svd_compress_(model, 0.1)
     assert report["0"].reason == "down.weight is shared with 2.down.weight"
     assert torchsmooth.restore_dense_(model)
+
+
+def test_what_expand_writes_in_place_needs_no_gradients():
+    def as_linear(layer):
+        linear = nn.Linear(*layer.weight.shape, device=layer.weight.device)
+        linear.weight.copy_(layer.weight.T)
+        linear.bias.copy_(layer.bias)
+        return linear
+
+    class Own(Turned):
+        pass
+
+    register_layer(Own, expand=as_linear)
+    model = fill_(nn.Sequential(Own(SIZE, SIZE), nn.ReLU(), nn.Linear(SIZE, SIZE)), 0)
+    assert plan_compression(model, 0.5)["0"].rank
+    assert svd_compress_(model, 0.5)["0"].rank

@@ -251,3 +251,33 @@ def test_a_penalty_that_returns_no_scalar_is_named(value, got, wrap):
             evaluate()
     assert handle.step == 0
     assert all(one.grad is None for one in model.parameters())
+
+
+class Held(Constrained):
+    """Derived without being a dataclass itself."""
+
+
+def test_equal_penalties_of_a_derived_class_are_one():
+    first, other = fill_(nn.Linear(8, 8), 0), nn.Linear(8, 8)
+    other.weight = first.weight
+    for layer in (first, other):
+        register_penalty(layer, "weight", Scaled(0.1))
+    model = nn.Sequential(first, other)
+    assert penalty_loss(model).item() == pytest.approx(0.1 * Scaled(0.1)(first.weight).item())
+    layers = [register_penalty(fill_(nn.Linear(8, 8), 1), "weight", Held(NuclearNorm())) for _ in range(2)]
+    optimizer = torch.optim.SGD(nn.Sequential(*layers).parameters(), 0.1)
+    handle = attach_(optimizer, nn.Sequential(*layers))
+    assert len(handle.state_dict()["adaptive"]) == 1
+    assert handle.adaptation(Held(NuclearNorm()))
+
+
+class Clamped(FirstDerivative):
+    def gradient(self, weight, *, groups=1, transposed=False):
+        return super().gradient(weight, groups=groups, transposed=transposed).clamp(-1e-3, 1e-3)
+
+
+def test_a_gradient_that_is_overridden_is_that_beside_the_value_too():
+    weight = fill_(nn.Linear(8, 8), 0).weight
+    value, gradient = Clamped(1.0).value_and_gradient(weight)
+    assert torch.equal(gradient, Clamped(1.0).gradient(weight))
+    assert value.item() == pytest.approx(FirstDerivative(1.0)(weight).item())

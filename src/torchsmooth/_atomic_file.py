@@ -28,6 +28,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} does not exist: make it first.")
     if target.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name the file in it.")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{os.fspath(path)!r} is no regular file, and would be replaced by one: name another.")
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     problems: list[tuple[Any, ...]] = []
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import UserDict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,10 @@ def check_batch(batch: Any) -> Any:
 
 def _state(batch: Any) -> list[tuple[Tensor, int]]:
     """Return the tensors in a batch, each with what changes when it is written to."""
-    return [(one, 0 if one.is_inference() else one._version) for one in tensors_in(batch)]
+    found = list(tensors_in(batch))
+    if not all(map(operator.is_, found, tensors_in(batch))):  # a mapping that makes them anew whenever it is asked
+        return []
+    return [(one, 0 if one.is_inference() else one._version) for one in found]
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -82,9 +86,14 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, (list, dict, UserDict)):
-        twin: Any = copy.copy(value)
-        for place, one in enumerate(value) if isinstance(value, list) else value.items():
-            twin[place] = _copy(one)
+        places = enumerate(value) if isinstance(value, list) else value.items()
+        copies = [(place, _copy(one)) for place, one in places]
+        try:
+            twin: Any = copy.copy(value)
+            for place, one in copies:
+                twin[place] = one
+        except Exception:  # noqa: BLE001 - whatever a class of the user's raises that refuses to be copied, or written to
+            return value
         return twin
     if type(value) is tuple:
         return tuple(map(_copy, value))

@@ -113,9 +113,8 @@ def layers_by_name(checkpoint: Checkpoint) -> FoundLayers:
             outputs, inputs, *kernel = entry.shape
             sizes = (inputs, outputs, tuple(kernel)) if kernel else (inputs, outputs)
             dense = cls(*sizes, bias=False, device="meta", dtype=entry.dtype)
-            bias_key = f"{name}.bias"
-            layer = replace(layer, dense=dense, bias_key=bias_key if bias_key in entries else None)
-            layer = replace(layer, note=names.doubt(key))
+            bias_key = f"{name}.bias" if f"{name}.bias" in entries else None
+            layer = replace(layer, dense=dense, bias_key=bias_key, note=names.doubt(key))
         layers.append(layer)
     sizes_once = {one.span or key: math.prod(one.shape) for key, one in parameters.items()}
     return FoundLayers(layers, sum(sizes_once.values()))

@@ -38,7 +38,7 @@ def behind_proxy(value: Any) -> Any:
     if type(value) not in weakref.ProxyTypes:
         return value
     try:
-        return value.__str__.__self__
+        return getattr(value.__str__, "__self__", None)  # that of a class is a function, and of no module
     except ReferenceError:  # nothing any more
         return None
 
@@ -50,6 +50,8 @@ def contents(value: Any, package: str) -> Iterable[Any] | None:
         value: anything.
         package: that of the module which keeps it.
     """
+    if type(value) in (str, int, float):  # most of what large tables hold
+        return None
     if isinstance(value, nn.Module):
         plain = (one for name, one in vars(value).items() if name not in TORCH_ATTRIBUTES)
         return (*value._modules.values(), *value._parameters.values(), *value._buffers.values(), *plain)
@@ -59,12 +61,10 @@ def contents(value: Any, package: str) -> Iterable[Any] | None:
         return (*value, *_attributes(value, package))
     if isinstance(value, _WRITTEN_IN_PYTHON):
         return vars(value).values()
-    if isinstance(value, MethodType):
-        return (value.__self__,)
     if isinstance(value, functools.partial):
         return (value.func, *value.args, *value.keywords.values())
-    if isinstance(value, weakref.ref):
-        return (value(),)
+    if isinstance(value, (MethodType, weakref.ref)):
+        return (value.__self__ if isinstance(value, MethodType) else value(),)
     if package_of(value) == "numpy" and str(getattr(value, "dtype", "")) == "object":
         return list(value.ravel())
     return tuple(_attributes(value, package)) if is_own_object(value, package) else None

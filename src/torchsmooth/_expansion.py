@@ -65,7 +65,9 @@ class Expansion:
                 reason = refusal(module, name)
                 if not reason:
                     try:
-                        with torch.inference_mode(any(map(torch.is_inference, module.parameters()))):  # as it was made
+                        # In the mode that it was made in; leaving inference mode would record gradients.
+                        was_inference = any(map(torch.is_inference, module.parameters()))
+                        with torch.inference_mode(was_inference), torch.no_grad():
                             expanded = self._expanded(name, module, sharing)
                     except ValueError as error:
                         reason = str(error).rstrip(".")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._contents import OTHERS, TORCH_ATTRIBUTES, is_own_object, package_of
+from ._contents import OTHERS, TORCH_ATTRIBUTES, behind_proxy, is_own_object, package_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -108,7 +108,7 @@ def _reach(values: Iterable[Any], seen: dict[int, Any], package: str) -> Iterabl
     """
     todo = list(values)
     while todo:
-        one = todo.pop()
+        one = behind_proxy(todo.pop())
         if id(one) in seen or isinstance(one, nn.Module):
             continue
         if isinstance(one, (Tensor, torch.Generator)):

@@ -42,16 +42,18 @@ def penalties_of(module: nn.Module) -> dict[str, tuple[Penalty, ...]]:
 
 
 def key_of(penalty: Penalty) -> object:
-    """Return what equal penalties share: themselves, or where their equality may not see all of them, the identity.
+    """Return what equal penalties share: themselves, or class and attributes; without a hash, the identity.
 
     The equality of a dataclass knows its fields. A class derived from one, and no dataclass itself, inherits that, and
-    may have attributes beyond these.
+    may have attributes beyond these: all of them count then.
     """
+    kind = type(penalty)
+    key = penalty if "__eq__" in vars(kind) else (kind, frozenset(vars(penalty).items()))
     try:
-        hash(penalty)
+        hash(key)
     except TypeError:
         return id(penalty)
-    return penalty if "__eq__" in vars(type(penalty)) else id(penalty)
+    return key
 
 
 def label_of(module: nn.Module, tensor_name: str, qualified_name: str = "") -> str:

@@ -135,8 +135,13 @@ class Checkpoint:
         return found
 
     def changed(self) -> list[str]:
-        """Return the paths of files that are others, of another size or time, than when they were opened."""
-        return [os.fspath(file.path) for name, file in self.files.items() if _state_of(file.path) != self._states[name]]
+        """Return the paths of files that are others, of another size or time, than when they were opened.
+
+        One that is away, as a folder on another machine may be for a moment, is no other one.
+        """
+        now = {name: _state_of(file.path) for name, file in self.files.items()}
+        others = [name for name, one in now.items() if one not in (_NO_FILE, self._states[name])]
+        return [os.fspath(self.files[name].path) for name in others]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -192,12 +197,15 @@ def _open(path: Path) -> SafetensorsFile | PickleFile:
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
+_NO_FILE = -1, -1
+
+
 def _state_of(path: Path) -> tuple[int, int]:
     """Return the size and the time of a file; those of none if there is none."""
     try:
         status = path.stat()
     except OSError:
-        return -1, -1
+        return _NO_FILE
     return status.st_size, status.st_mtime_ns
 
 

@@ -200,6 +200,8 @@ class Watcher:
 class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells of each tensor that an operation is given."""
 
+    supports_higher_order_operators = True  # such as flex_attention; refused otherwise
+
     def __init__(self, tell: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tell = tell

@@ -30,7 +30,6 @@ __all__ = ["load_compressed_"]
 # What only a low-rank layer has. "order" is there in the pivoted form, in one of three places.
 _PARTS = ("down.weight", "core.weight", "up.weight", "merge.order", "split.order", "up.order")
 
-
 # Where torch.ao keeps quantised weights, and what torch.optim.swa_utils.AveragedModel keeps beside the model's keys.
 _PACKED, _AVERAGED = "._packed_params", "n_averaged"
 

@@ -175,11 +175,10 @@ def opened(
     subject: Subject = SUBJECT,
 ) -> tuple[Checkpoint, FoundLayers]:
     """Open a checkpoint and find its layers; of the arguments, none is checked yet."""
-    if isinstance(source, (Mapping, nn.Module)):
-        way = (
-            "save a state dict with torch.save first" if isinstance(source, Mapping) else "svd_compress_ takes a model"
-        )
-        raise TypeError(f"source must be a path, got {describe(source)}: {way}.")
+    if isinstance(source, Mapping):
+        raise TypeError(f"source must be a path, got {describe(source)}: save a state dict with torch.save first.")
+    if isinstance(source, nn.Module):
+        raise TypeError(f"source must be a path, got {describe(source)}: svd_compress_ takes a model.")
     check_filter(filter_fn, "(shape, name)")
     if model is not None:
         check_module(model)

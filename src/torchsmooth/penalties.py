@@ -286,8 +286,9 @@ class _Derivative(Penalty):
 
     def value_and_gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> tuple[Tensor, Tensor]:
         """Evaluate the penalty and its gradient, in closed form."""
-        # Those of this class: a derived one may build its own on what is returned here.
-        gradient = _Derivative.gradient(self, weight, groups=groups, transposed=transposed)
+        # A derived class may build a gradient of its own on what is returned here, or have nothing but that.
+        kind = type(self) if type(self).value_and_gradient is _Derivative.value_and_gradient else _Derivative
+        gradient = kind.gradient(self, weight, groups=groups, transposed=transposed)
         return _Derivative.__call__(self, weight.detach(), groups=groups, transposed=transposed), gradient
 
     def gradient(self, weight: Tensor, *, groups: int = 1, transposed: bool = False) -> Tensor:  # noqa: ARG002
