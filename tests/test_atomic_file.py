@@ -26,8 +26,10 @@ except OSError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no limit on the size of files here")
-@pytest.mark.parametrize(("suffix", "kind"), [("pt", "pickle"), ("safetensors", "safetensors")])
-@pytest.mark.parametrize(("limit", "where"), [(8_000, "factors"), (40_000, "files")])
+@pytest.mark.parametrize(
+    ("suffix", "kind", "limit", "where"),
+    [("pt", "pickle", 40_000, "files"), ("safetensors", "safetensors", 8_000, "factors")],
+)
 def test_a_full_disk_is_an_os_error_with_the_path(tmp_path, suffix, kind, limit, where):
     source = save(mlp(sizes=(64,) * 5).state_dict(), tmp_path, kind)
     target = tmp_path / f"small.{suffix}"

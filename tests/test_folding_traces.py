@@ -76,7 +76,7 @@ some = st.lists(st.sampled_from([*KEEPS, *DOES]), max_size=4)
 
 
 @given(st.lists(st.sampled_from([*KEEPS]), max_size=1), some, st.booleans(), seeds)
-@settings(max_examples=40)
+@settings(max_examples=16)
 def test_what_a_trace_leaves_behind_is_put_back(at_layer, at_norm, in_a_container, seed):
     # What is overwritten is not kept.
     model = Keeps(at_layer, [one for one in at_norm if one not in at_layer], turns=False).eval()
