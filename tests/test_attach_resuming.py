@@ -74,6 +74,7 @@ def test_a_replaced_penalty_can_be_asked_for_at_once():
     assert handle.adaptation(new).plan is not None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # which torch 2.4 itself uses
 @pytest.mark.parametrize("wrapped", [(False, True), (True, False)])
 @pytest.mark.parametrize("penalty", [CONSTRAINT, TAIL])
 def test_activation_checkpointing_may_be_put_in_and_left_out(penalty, wrapped):
