@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ._checks import check_no_folder
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -26,8 +28,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of {os.fspath(path)!r} does not exist: make it first.")
-    if target.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name the file in it.")
+    check_no_folder(path)
     if target.exists() and not target.is_file():
         raise OSError(f"{os.fspath(path)!r} is no regular file, and would be replaced by one: name another.")
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")

@@ -115,6 +115,12 @@ def checked_path(path: object, name: str) -> Path:
     return Path(os.fsdecode(path))
 
 
+def check_no_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder where a file is to be read or written."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name the file in it.")
+
+
 def check_module(value: object, name: str = "model") -> nn.Module:
     """Refuse what is not an ``nn.Module``."""
     if not isinstance(value, nn.Module):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import torch
 
 from ._budget import Frontier
-from ._checks import checked_path, describe
+from ._checks import check_no_folder, checked_path, describe
 from ._matricise import FORMS, distinct_schemes, matricise
 from ._prices import MacPrices, ParameterPrices, Positions, TimePrices, Work
 from ._targets import TARGETS
@@ -105,8 +105,7 @@ def _prices_content(prices: Prices) -> dict[str, Any] | None:
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the fields of a plan from a file."""
     file = checked_path(path, "path")
-    if file.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: name the file in it.")
+    check_no_folder(path)
     try:
         return from_text(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -124,10 +124,9 @@ class Use:
     def known_sources(self) -> list[nn.Parameter]:
         """Return the parameters that a tensor is computed from, by parametrizations or hooks of torch; else none."""
         # Pruning and the older norms set a plain attribute.
-        is_computed = parametrize.is_parametrized(self.module, self.tensor_name) or self.tensor_name in vars(
-            self.module
-        )
-        return sources_of(self.module, self.tensor_name) if is_computed else []
+        module, name = self.module, self.tensor_name
+        is_computed = parametrize.is_parametrized(module, name) or name in vars(module)
+        return sources_of(module, name) if is_computed else []
 
 
 @dataclass(frozen=True, eq=False)

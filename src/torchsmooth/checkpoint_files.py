@@ -19,7 +19,7 @@ from ._tensor_entry import Changes
 from ._tensor_source import Checkpoint
 from ._terms import checked_goal, checked_terms
 from ._work_folder import WorkFolder
-from .report import CompressionReport, LayerReport
+from .report import CompressionReport, layer_report
 
 if TYPE_CHECKING:
     import os
@@ -271,20 +271,9 @@ def _report(
     plan: CompressionPlan, made: Mapping[str, Mapping[str, Any]], notes: Mapping[str, str]
 ) -> CompressionReport:
     reports = [
-        LayerReport(
-            name=one.name,
-            type=one.type,
-            shape=one.shape,
-            scheme=one.scheme,
-            form=one.form,
-            rank=one.rank,
-            full_rank=one.full_rank,
-            parameters_before=one.parameters_before,
-            parameters_after=one.parameters_after,
-            relative_error=float(made[one.name]["error"]) if one.name in made else 0.0,
-            reason=one.reason,
-            note=notes[one.name] if one.name in made else "",
-        )
+        layer_report(one, float(made[one.name]["error"]), note=notes[one.name])
+        if one.name in made
+        else layer_report(one, 0.0)
         for one in plan
     ]
     return CompressionReport(tuple(reports), plan.parameters_before, plan.parameters_after, plan.asked)

@@ -23,7 +23,7 @@ from ._swap import swap_
 from ._table import format_rank, format_table
 from ._undo import Undo
 from .layer_plan import LayerPlan
-from .report import CompressionReport, LayerReport, Totals, choice_cell, layer_table, removed_share, without_refit
+from .report import CompressionReport, Totals, choice_cell, layer_report, layer_table, removed_share, without_refit
 
 if TYPE_CHECKING:
     import os
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ._ranks import Team
     from ._running import Inputs
     from ._targets import Target
+    from .report import LayerReport
 
 __all__ = ["CompressionPlan"]
 
@@ -385,19 +386,7 @@ def _compared(layer: LayerPlan | None) -> tuple[str, str, str]:
 
 
 def _report(layer: LayerPlan, made: Replacements) -> LayerReport:
-    refitted = made.refitted
-    return LayerReport(
-        name=layer.name,
-        type=layer.type,
-        shape=layer.shape,
-        scheme=layer.scheme,
-        form=layer.form,
-        rank=layer.rank,
-        full_rank=layer.full_rank,
-        parameters_before=layer.parameters_before,
-        parameters_after=layer.parameters_after,
-        relative_error=made.errors.get(layer.name, 0.0),
-        reason=layer.reason,
-        output_error=None if refitted is None else refitted.errors.get(layer.name),
-        note="" if refitted is None else refitted.notes.get(layer.name, ""),
-    )
+    error, refitted = made.errors.get(layer.name, 0.0), made.refitted
+    if refitted is None:
+        return layer_report(layer, error)
+    return layer_report(layer, error, refitted.errors.get(layer.name), refitted.notes.get(layer.name, ""))

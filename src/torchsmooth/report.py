@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._checks import quoted
 from ._table import format_milliseconds, format_rank, format_shape, format_share, format_table
+
+if TYPE_CHECKING:
+    from .layer_plan import LayerPlan
 
 __all__ = ["CompressionReport", "LayerReport"]
 
@@ -51,6 +54,27 @@ class LayerReport:
     reason: str
     output_error: float | None = None
     note: str = ""
+
+
+def layer_report(
+    planned: LayerPlan, relative_error: float, output_error: float | None = None, note: str = ""
+) -> LayerReport:
+    """Report what became of a layer that was treated as planned."""
+    return LayerReport(
+        name=planned.name,
+        type=planned.type,
+        shape=planned.shape,
+        scheme=planned.scheme,
+        form=planned.form,
+        rank=planned.rank,
+        full_rank=planned.full_rank,
+        parameters_before=planned.parameters_before,
+        parameters_after=planned.parameters_after,
+        relative_error=relative_error,
+        reason=planned.reason,
+        output_error=output_error,
+        note=note,
+    )
 
 
 def choice_cell(layer: Any) -> str:
