@@ -18,7 +18,7 @@ from torch import nn
 from tests.networks import EVERY_LAYER
 from tests.reference import penalties as reference
 from tests.strategies import fill_, randn, seeds
-from tests.training import double_layers, sgd, squares
+from tests.training import LOOPS, double_layers, sgd, squares
 from torchsmooth import (
     Constrained,
     FirstDerivative,
@@ -33,12 +33,6 @@ from torchsmooth import (
 )
 from torchsmooth.adaptive import Adaptation, AdaptivePenalty
 
-LOOPS = {
-    NuclearNorm: reference.nuclear_norm,
-    NuclearRatio: reference.nuclear_ratio,
-    FirstDerivative: reference.first_derivative,
-    SecondDerivative: reference.second_derivative,
-}
 few = settings(max_examples=6)
 
 

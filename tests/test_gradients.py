@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.networks import EVERY_LAYER
 from tests.reference import penalties as reference
 from tests.strategies import HARD_KINDS, fill_, hard_matrix, randn, seeds
-from tests.training import PowerSum
+from tests.training import LOOPS, PowerSum
 from torchsmooth import FirstDerivative, NuclearNorm, NuclearRatio, SecondDerivative, functional
 from torchsmooth.penalties import Weight
 
@@ -22,7 +22,6 @@ FUNCTIONS = {
     FirstDerivative: functional.first_derivative,
     SecondDerivative: functional.second_derivative,
 }
-LOOPS = {kind: getattr(reference, function.__name__) for kind, function in FUNCTIONS.items()}
 SCHEMES = ("channel", "input", "spatial", "spatial_transposed")
 
 each_kind = pytest.mark.parametrize("kind", FUNCTIONS)

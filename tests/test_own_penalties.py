@@ -13,12 +13,11 @@ from torch import nn
 
 from tests.reference import penalties as reference
 from tests.strategies import fill_, seeds
+from tests.training import LOOPS
 from torchsmooth import (
     Constrained,
     FirstDerivative,
     NuclearNorm,
-    NuclearRatio,
-    SecondDerivative,
     attach_,
     penalty_loss,
     register_penalty,
@@ -26,13 +25,6 @@ from torchsmooth import (
 )
 from torchsmooth.adaptive import Adaptation, AdaptivePenalty
 from torchsmooth.penalties import Penalty
-
-LOOPS = {
-    NuclearNorm: reference.nuclear_norm,
-    NuclearRatio: reference.nuclear_ratio,
-    FirstDerivative: reference.first_derivative,
-    SecondDerivative: reference.second_derivative,
-}
 
 
 class Mean:

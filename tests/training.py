@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.networks import two_layers
+from tests.reference import penalties as reference
 from tests.strategies import fill_, randn
 from torchsmooth import (
     FirstDerivative,
@@ -31,6 +32,14 @@ class PowerSum(Penalty):
     def __call__(self, weight, *, groups=1, transposed=False):
         return weight.abs().pow(3).sum()
 
+
+# What each of them is, in float64 and in loops.
+LOOPS = {
+    NuclearNorm: reference.nuclear_norm,
+    NuclearRatio: reference.nuclear_ratio,
+    FirstDerivative: reference.first_derivative,
+    SecondDerivative: reference.second_derivative,
+}
 
 # One of each type, so that all of them can be registered on one tensor; far from small, so that they are seen.
 EVERY_PENALTY = (NuclearNorm(0.05), NuclearRatio(0.3), FirstDerivative(0.03), SecondDerivative(0.02), PowerSum())
